@@ -1,0 +1,42 @@
+"""Exponential moving average of model weights, in one fused Triton launch per update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ema_triton.model_ema import ModelEMA
+from ema_triton.schedules import (
+    Constant,
+    CosineRamp,
+    CountWarmup,
+    ExponentialRamp,
+    HalfLife,
+    InverseDecay,
+    LinearWarmup,
+)
+
+if TYPE_CHECKING:
+    from ema_triton.handler import EMAHandler
+
+__all__ = [
+    "Constant",
+    "CosineRamp",
+    "CountWarmup",
+    "EMAHandler",
+    "ExponentialRamp",
+    "HalfLife",
+    "InverseDecay",
+    "LinearWarmup",
+    "ModelEMA",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    # Resolved on first use: only the handler needs ignite.
+    if name == "EMAHandler":
+        from ema_triton.handler import EMAHandler
+
+        return EMAHandler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

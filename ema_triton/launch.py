@@ -1,0 +1,89 @@
+"""The update through the Triton kernel: one launch per bucket."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ema_triton import reference
+from ema_triton.kernels import ema_update
+from ema_triton.plan import Bucket, Plan
+
+# fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
+_NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Elements a program handles at a time, by the width of the EMA's elements. With 4 warps that is
+# 16 elements per thread, four accesses of 128 bits in flight on each side, at 32 to 38 registers
+# (fp64: 32, in a quarter of the elements).
+BLOCK = {2: 2048, 4: 2048, 8: 512}
+WARPS = 4
+
+# Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
+INTERPRETED = not isinstance(ema_update, triton.runtime.JITFunction)
+
+
+def update(plan: Plan, momentum: float | Tensor) -> None:
+    """ema = lerp(ema, online, momentum) for every averaged tensor of the plan.
+
+    Args:
+        plan: A plan that is not stale. Buckets with an `obstacle` take the reference path.
+        momentum: The weight of the online tensors: a float, or a 0-d tensor on their device,
+            which the kernel reads, so that a captured CUDA graph follows its value.
+    """
+    for bucket in plan.buckets:
+        if obstacle(bucket) is None:
+            _launch(bucket, momentum, len(bucket.chunk_table))
+        else:
+            reference.update_bucket(bucket, momentum)
+
+
+def prepare(plan: Plan) -> None:
+    """Upload the chunk tables and compile the kernels, so that an update does neither.
+
+    Raises:
+        Exception: Whatever Triton raises where it cannot compile, for example without a C compiler.
+    """
+    for bucket in plan.buckets:
+        if obstacle(bucket) is None:
+            _launch(bucket, 0.0, 0)
+
+
+def obstacle(bucket: Bucket) -> str | None:
+    """Why the kernel cannot take this bucket; None if it can."""
+    key = bucket.key
+    if key.device.type not in ("cuda", "xpu") and not INTERPRETED:
+        return f"the tensors are on {key.device}, which Triton does not drive"
+    if not key.dense:
+        return "the online tensors are not dense (there are gaps or overlaps in their memory)"
+    if not (key.ema_dtype == key.online_dtype == torch.float64) and not (
+        key.ema_dtype in _NARROW and key.online_dtype in _NARROW
+    ):
+        return f"the kernel does not average {key.online_dtype} into {key.ema_dtype}"
+    return None
+
+
+def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
+    key = bucket.key
+    value, pointer = (momentum, None) if isinstance(momentum, float) else (0.0, momentum)
+    with _current(key.device):
+        ema_update[(chunks,)](
+            bucket.chunk_table,
+            bucket.flat,
+            value,
+            pointer,
+            ONLINE=_NARROW.get(key.online_dtype, tl.float64),
+            BLOCK=BLOCK[key.ema_dtype.itemsize],
+            num_warps=WARPS,
+        )
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device the arguments are on."""
+    if device.type == "cpu":  # the interpreter
+        return nullcontext()
+    guard: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return guard

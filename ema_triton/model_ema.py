@@ -1,0 +1,362 @@
+"""`ModelEMA`: a model's EMA model, kept up to date one `update` at a time.
+
+It knows no training loop and no schedule: it receives a momentum.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import numbers
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_triton.backend import Backend, check_name, choose
+from ema_triton.pairs import clean_name, read_copies
+from ema_triton.plan import Plan, make_plan
+
+logger = logging.getLogger("ema_triton")
+
+HANDLE_BUFFERS = ("copy", "update", "ema_train")
+EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# The format of ModelEMA.state_dict().
+STATE_VERSION = 1
+
+
+class ModelEMA:
+    r"""Exponential moving average of a model's weights, in one fused launch per update.
+
+    .. math:: \theta_{EMA} \leftarrow (1 - \lambda)\,\theta_{EMA} + \lambda\,\theta
+
+    computed as `torch.lerp` does, in fp32 (fp64 for fp64). Parameters are paired by name, tied
+    ones averaged once, frozen ones too; integer and bool tensors are copied exactly. The online
+    tensors are followed wherever they go: replaced, moved, cast, converted to another memory
+    format. The EMA lives on their device and keeps its own dtype.
+
+    The EMA model's weights are views into one flat buffer per dtype. `torch.save(ema.ema_model)`
+    and `torch.save(ema.state_dict())` write each byte once; but saving the `state_dict()` of one
+    of its sub-modules alone writes the whole buffer: save clones of its tensors instead.
+
+    Args:
+        model: The online model, on any device, of any floating or complex dtype. A
+            `DistributedDataParallel` or `torch.compile` wrapper is taken off; `DataParallel` stays.
+        ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
+            its own values. By default a copy of `model`.
+        handle_buffers: "copy" copies the online buffers at every update, "update" averages the
+            floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
+        backend: "auto", "triton" or "foreach".
+        ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
+            online model. fp32 for a bf16 or fp16 model lets small momenta count.
+
+    Attributes:
+        model: The online model, unwrapped.
+        ema_model: The EMA model, in eval mode unless `handle_buffers` is "ema_train".
+        handle_buffers: As given.
+
+    Raises:
+        ValueError: An argument is not one of the accepted values; the model is not a Module; names
+            or shapes of `model` and `ema_model` disagree; a tensor has no memory.
+        TypeError: A tensor is of a kind that cannot be averaged.
+        NotImplementedError: The model is sharded.
+        RuntimeError: The model cannot be copied, or backend="triton" cannot run here.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> ema = ModelEMA(model)
+        >>> _ = model.weight.data.fill_(1.0), ema.ema_model.weight.data.fill_(0.0)
+        >>> ema.update(0.25)
+        >>> ema.ema_model.weight
+        Parameter containing:
+        tensor([[0.2500, 0.2500]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ema_model: nn.Module | None = None,
+        handle_buffers: str = "copy",
+        backend: str = "auto",
+        ema_dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_model(model)
+        _check_choices(handle_buffers, ema_dtype)
+        check_name(backend)
+        self.model = unwrap(model)
+        self.handle_buffers = handle_buffers
+        if ema_model is None:
+            self.ema_model = _copy(self.model)
+        else:
+            _check_model(ema_model)
+            self.ema_model = unwrap(ema_model)
+            if self.ema_model is self.model:
+                raise ValueError(
+                    "ema_model is the online model itself, so there is nothing to average. Give "
+                    "another instance of it, or leave ema_model out to have a copy made."
+                )
+        self._requested_backend = backend
+        self._plan: Plan | None = None
+        self._backend: Backend | None = None
+        self._warned = False
+        self._make_plan(ema_dtype)
+        self.ema_model.requires_grad_(False)
+        self.ema_model.train(handle_buffers == "ema_train")
+
+    @property
+    def backend(self) -> str:
+        """What runs: "triton" or "foreach"."""
+        return self._chosen.name
+
+    @property
+    def backend_reason(self) -> str:
+        """Why that backend was chosen, and what it leaves to the reference path."""
+        return self._chosen.reason
+
+    # A compiled training step calls this as it is: traced, every address would become a guard.
+    # Public torch.compiler.disable would do, but importing it here costs a second at start-up.
+    @torch._disable_dynamo
+    def update(self, momentum: float | Tensor) -> None:
+        """Move the EMA towards the online model: ema = lerp(ema, online, momentum).
+
+        Args:
+            momentum: The weight of the online weights, in [0, 1]: a float, or a 0-d floating
+                tensor. One on the model's device is read by the kernel, so that a captured CUDA
+                graph follows its value; nothing waits for the device.
+
+        Raises:
+            ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
+            RuntimeError: A tensor moved during CUDA graph capture.
+        """
+        momentum = _check_momentum(momentum)
+        with torch.no_grad():
+            plan = self._current_plan()
+            self._check_momentum_fits(momentum, plan)
+            ema, online = read_copies(plan.copied)
+            self._chosen.update(plan, momentum)
+            if ema:
+                torch._foreach_copy_(ema, online)
+            # Autograd learns of the write, as from any in-place operation.
+            torch.autograd.graph.increment_version(plan.ema_tensors)
+
+    @torch._disable_dynamo
+    def sync(self) -> None:
+        """Copy the online model into the EMA model, buffers too, e.g. after loading weights.
+
+        Raises:
+            ValueError: A tensor changed its shape or vanished.
+        """
+        with torch.no_grad():
+            plan = self._current_plan()
+            ema, online = read_copies(plan.copied + plan.kept)
+            for bucket in plan.buckets:
+                ema += bucket.targets
+                online += bucket.sources
+            if ema:
+                torch._foreach_copy_(ema, online)
+            torch.autograd.graph.increment_version(plan.ema_tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The EMA model's state by clean name, for `torch.save`; tensors are shared, not copied."""
+        weights = self.ema_model.state_dict()
+        return {
+            "version": STATE_VERSION,
+            "ema_model": {clean_name(name): value for name, value in weights.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; values are converted to the EMA model's dtypes.
+
+        Raises:
+            ValueError: The state is not of this kind or version, or names or shapes do not fit.
+                Nothing has been loaded then.
+        """
+        weights = _check_state(state)
+        own = self.ema_model.state_dict()
+        names = {clean_name(name): name for name in own}
+        problems = [f"'{name}' is missing" for name in names if name not in weights]
+        problems += [f"'{name}' is unexpected" for name in weights if name not in names]
+        for name in names.keys() & weights.keys():
+            mine, value = own[names[name]], weights[name]
+            if not isinstance(mine, Tensor):
+                continue
+            if not isinstance(value, Tensor):
+                problems.append(f"'{name}' is a {type(value).__name__}, not a tensor")
+            elif value.shape != mine.shape:
+                shapes = f"{tuple(value.shape)} in the state but {tuple(mine.shape)} here"
+                problems.append(f"'{name}' is {shapes}")
+        if problems:
+            more = f" and {len(problems) - 10} more problems" if len(problems) > 10 else ""
+            raise ValueError(
+                f"The state does not fit this EMA model: {', '.join(problems[:10])}{more}. Nothing "
+                "was loaded. Load it into the EMA of a model like the one it was saved from."
+            )
+        self.ema_model.load_state_dict({names[name]: value for name, value in weights.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the plan: its addresses mean nothing to a copy or to another process."""
+        return {**self.__dict__, "_plan": None, "_backend": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Plan anew, for the copy's tensors."""
+        self.__dict__.update(state)
+        self._make_plan()
+
+    @property
+    def _chosen(self) -> Backend:
+        assert self._backend is not None  # set together with the plan
+        return self._backend
+
+    def _current_plan(self) -> Plan:
+        plan = self._plan
+        if plan is None or plan.watch.is_stale():
+            plan = self._make_plan()
+        return plan
+
+    def _make_plan(self, ema_dtype: torch.dtype | None = None) -> Plan:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A tensor of the online or the EMA model moved since the last update, and a CUDA "
+                "graph is being captured, which would keep the old addresses. Call update() once "
+                "after the last change of the models, then capture."
+            )
+        # Tensors made in inference mode could never be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            plan = make_plan(
+                self.model,
+                self.ema_model,
+                self.handle_buffers,
+                ema_dtype=ema_dtype,
+                previous=self._plan,
+            )
+            backend = choose(self._requested_backend, plan)
+        for bucket in self._plan.buckets if self._plan else ():
+            # A launch on another stream may still be reading the old chunk table.
+            if bucket.key.device.type == "cuda":
+                torch.cuda.synchronize(bucket.key.device)
+        if self._backend is None or self._backend.reason != backend.reason:
+            logger.info("EMA backend: %s (%s)", backend.name, backend.reason)
+        self._plan, self._backend = plan, backend
+        return plan
+
+    def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:
+        for bucket in plan.buckets:
+            if isinstance(momentum, Tensor):
+                if momentum.device != bucket.key.device:
+                    raise ValueError(
+                        f"The momentum is a tensor on {momentum.device}, but '{bucket.names[0]}' is "
+                        f"on {bucket.key.device}, where using it would wait for the device. Give a "
+                        "float, or a tensor on the model's only device."
+                    )
+            elif not self._warned and bucket.key.ema_dtype in (torch.bfloat16, torch.float16):
+                resolution = torch.finfo(bucket.key.ema_dtype).eps
+                if 0 < momentum < resolution:
+                    self._warned = True
+                    warnings.warn(
+                        f"momentum {momentum:g} is below the resolution of {bucket.key.ema_dtype} "
+                        f"({resolution:g}): most updates of the EMA round away, and it stands "
+                        "still. Pass ema_dtype=torch.float32 to keep the EMA in fp32.",
+                        stacklevel=4,
+                    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off DistributedDataParallel and torch.compile wrappers, however nested."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy with torch.compile wrappers taken off, inside too, so that names are clean."""
+    memo: dict[int, Any] = {}
+    try:
+        for module in model.modules():
+            if isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
+                memo[id(module)] = copy.deepcopy(compiled, memo)
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RuntimeError(
+            f"The model cannot be copied to make an EMA model ({error}). Build the EMA before the "
+            "first forward pass, or give ModelEMA an ema_model, another instance of the model."
+        ) from error
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "model should be an instance of nn.Module or its subclasses, but got "
+            f"{type(model).__name__}. Pass the model whose weights are to be averaged."
+        )
+    # Whoever has such a model has imported this.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+                raise NotImplementedError(
+                    f"{f'module {name!r}' if name else 'the model'} is sharded by FSDP, and "
+                    "averaging shards is not supported yet. Use DistributedDataParallel, or build "
+                    "the EMA of the unsharded model."
+                )
+
+
+def _check_choices(handle_buffers: object, ema_dtype: object) -> None:
+    if handle_buffers not in HANDLE_BUFFERS:
+        raise ValueError(
+            "handle_buffers can only be one of 'copy', 'update', 'ema_train', but got "
+            f"{handle_buffers!r}. 'copy' copies the online buffers, 'update' averages them, "
+            "'ema_train' leaves them to the EMA model in train mode."
+        )
+    if ema_dtype is not None and ema_dtype not in EMA_DTYPES:
+        raise ValueError(
+            f"ema_dtype must be None or one of {', '.join(map(str, EMA_DTYPES))}, but got "
+            f"{ema_dtype!r}. It is the dtype of the EMA model's floating tensors."
+        )
+
+
+def _check_momentum(momentum: object) -> float | Tensor:
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0 or not momentum.is_floating_point():
+            raise ValueError(
+                f"Invalid momentum: a {momentum.dtype} tensor of shape {tuple(momentum.shape)}. "
+                "It weighs all tensors alike: give a float, or a 0-d floating tensor."
+            )
+        if momentum.device.type != "cpu":
+            return momentum
+    elif not isinstance(momentum, numbers.Real) or isinstance(momentum, bool):
+        raise TypeError(
+            f"Invalid momentum: {momentum!r}. It is the weight of the online weights: give a float "
+            "in [0, 1], or a 0-d floating tensor."
+        )
+    value = float(momentum)
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"Invalid momentum: {value}. It is the weight of the online weights (1 - decay), and "
+            "outside [0, 1] the EMA diverges. Give a value in [0, 1]."
+        )
+    return value
+
+
+def _check_state(state: object) -> Mapping[str, Any]:
+    if not isinstance(state, Mapping) or not isinstance(state.get("ema_model"), Mapping):
+        got = f"keys {list(state)[:5]}" if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"The state must be what ModelEMA.state_dict() returned, but got {got}. To load a "
+            "module's state dict, use ema.ema_model.load_state_dict(state)."
+        )
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(
+            f"The state has version {state.get('version')!r}, but this release of ema_triton reads "
+            f"version {STATE_VERSION}. Use the release that wrote it."
+        )
+    weights: Mapping[str, Any] = state["ema_model"]
+    return weights

@@ -1,0 +1,283 @@
+"""The plan of an update: which online tensor goes into which EMA tensor, and where both lie.
+
+The online tensors stay where they are and are addressed. The EMA side is ours, so it lies flat: one
+buffer per bucket, the EMA model's tensors being views into it. A plan holds until a tensor of
+either model moves; its `Watch` notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from operator import getitem, methodcaller
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_triton.pairs import REAL_DTYPE, Pair, check_averaged, pair_by_name, slots
+
+# Elements in a chunk, the work of one Triton program.
+CHUNK = 8192
+
+# Bytes. Each tensor of a bucket starts on such a boundary, as the widest memory access demands.
+ALIGNMENT = 16
+
+class Key(NamedTuple):
+    """What the tensors of one bucket have in common; complex ones count as pairs of reals."""
+
+    device: torch.device
+    ema_dtype: torch.dtype
+    online_dtype: torch.dtype
+    dense: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """One flat buffer with every EMA tensor of one key.
+
+    `targets` and `sources` are the EMA and the online elements in the same order of memory:
+    one-dimensional where dense, else in the online tensor's shape. A source shares its online
+    tensor's storage and so keeps it alive: nothing else can appear at that address.
+    """
+
+    key: Key
+    names: list[str]
+    flat: Tensor
+    offsets: list[int]
+    targets: list[Tensor]
+    sources: list[Tensor]
+
+    @cached_property
+    def chunk_table(self) -> Tensor:
+        """int64 [chunks, 3] on the device: online address, offset in `flat`, length * 2 + aligned.
+
+        Aligned means that the online address is a multiple of 16 bytes and the length of 8
+        elements, so that accesses of full width touch nothing past the tensor's end.
+        """
+        lengths = torch.tensor([source.numel() for source in self.sources])
+        addresses = torch.tensor([source.data_ptr() for source in self.sources])
+        chunks = (lengths + CHUNK - 1) // CHUNK
+        tensor = torch.repeat_interleave(chunks)
+        start = (torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
+        length = (lengths[tensor] - start).clamp(max=CHUNK)
+        address = addresses[tensor] + start * self.key.online_dtype.itemsize
+        offset = torch.tensor(self.offsets)[tensor] + start
+        aligned = (address % ALIGNMENT == 0) & (length % 8 == 0)
+        return torch.stack([address, offset, length * 2 + aligned], dim=1).to(self.key.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Notices that an averaged tensor or a module was replaced, moved, cast, reshaped or added.
+
+    It looks before every update, so it is made of passes that stay in C. Addresses tell, because
+    the plan keeps every storage alive; sizes and strides are for a view put in its tensor's place,
+    which may have the tensor's address.
+    """
+
+    owners: list[dict[str, Any]]
+    keys: list[str]
+    addresses: list[int]
+    sizes: list[int]
+    strides: list[tuple[int, ...]]
+    containers: list[dict[str, Any]]
+    children: list[Any]
+    leaves: list[dict[str, Any]]
+    counted: list[dict[str, Any]]
+    counts: list[int]
+
+    @classmethod
+    def over(cls, model: nn.Module, ema_model: nn.Module, pairs: list[Pair]) -> Watch:
+        """Remember the models and the pairs' tensors as they are now."""
+        modules = [*model.modules()]
+        containers = [module._modules for module in [*modules, *ema_model.modules()]]
+        counted = [module._parameters for module in modules]
+        # The online tensors first, those with strides to compare leading: a dense vector has one
+        # stride only, and most tensors are vectors.
+        matrices = [pair for pair in pairs if pair.online.dim() > 1]
+        vectors = [pair for pair in pairs if pair.online.dim() <= 1]
+        strided = [slot for pair in matrices for slot in pair.online_slots]
+        online = strided + [slot for pair in vectors for slot in pair.online_slots]
+        slots = online + [slot for pair in pairs for slot in pair.ema_slots]
+        tensors = [slot.owner[slot.key] for slot in slots]
+        return cls(
+            owners=[slot.owner for slot in slots],
+            keys=[slot.key for slot in slots],
+            addresses=[*map(Tensor.data_ptr, tensors)],
+            sizes=[*map(Tensor.numel, tensors[: len(online)])],
+            strides=[*map(Tensor.stride, tensors[: len(strided)])],
+            containers=[owner for owner in containers if owner],
+            children=_contents([owner for owner in containers if owner]),
+            leaves=[module._modules for module in modules if not module._modules],
+            counted=counted,
+            counts=[*map(len, counted)],
+        )
+
+    def is_stale(self) -> bool:
+        """Whether anything differs from what was remembered."""
+        try:
+            tensors = [*map(getitem, self.owners, self.keys)]
+            return (
+                [*map(Tensor.data_ptr, tensors)] != self.addresses
+                or [*map(Tensor.numel, tensors[: len(self.sizes)])] != self.sizes
+                or [*map(Tensor.stride, tensors[: len(self.strides)])] != self.strides
+                or _contents(self.containers) != self.children
+                or any(self.leaves)
+                or [*map(len, self.counted)] != self.counts
+            )
+        except (KeyError, TypeError, RuntimeError):  # vanished, None, or without an address
+            return True
+
+
+_values: Callable[[dict[str, Any]], Iterable[Any]] = methodcaller("values")
+
+
+def _contents(owners: list[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(_values, owners))]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything an update does: average the buckets, copy the copied pairs.
+
+    `copied` pairs are copied at every update, `kept` ones by `sync` only. Neither lies flat.
+    """
+
+    buckets: list[Bucket]
+    copied: list[Pair]
+    kept: list[Pair]
+    ema_tensors: list[Tensor]
+    watch: Watch
+
+
+def make_plan(
+    model: nn.Module,
+    ema_model: nn.Module,
+    handle_buffers: str,
+    *,
+    ema_dtype: torch.dtype | None = None,
+    previous: Plan | None = None,
+) -> Plan:
+    """Pair the models' tensors by name, group them into buckets, and lay the EMA side flat.
+
+    Nothing is changed before every check has passed. A bucket of `previous` whose EMA tensors are
+    still where they were keeps its buffer.
+
+    Args:
+        model: The online model.
+        ema_model: Its EMA model, with the same names and shapes; dtypes and devices may differ.
+            Its tensors become views of the buckets, on the online tensors' devices.
+        handle_buffers: "copy", "update" or "ema_train".
+        ema_dtype: Cast the EMA's real floating tensors to it; None leaves their dtypes.
+        previous: The plan that went stale.
+
+    Raises:
+        ValueError: The models' names or shapes disagree, or a tensor has no memory of its own.
+        TypeError: A tensor is of a kind that cannot be averaged.
+        NotImplementedError: A tensor is sharded.
+    """
+    online_parameters, online_buffers = slots(model)
+    ema_parameters, ema_buffers = slots(ema_model)
+    parameters = pair_by_name("parameter", online_parameters, ema_parameters)
+    if handle_buffers == "ema_train":  # the EMA model's forward owns its buffers
+        common = online_buffers.keys() & ema_buffers.keys()
+        online_buffers = {name: online_buffers[name] for name in online_buffers if name in common}
+        ema_buffers = {name: ema_buffers[name] for name in common}
+    buffers = pair_by_name("buffer", online_buffers, ema_buffers)
+
+    candidates = parameters + (buffers if handle_buffers == "update" else [])
+    averaged = [pair for pair in candidates if pair.online.dtype in REAL_DTYPE]
+    copied = [pair for pair in candidates if pair.online.dtype not in REAL_DTYPE]
+    if handle_buffers == "copy":
+        copied += buffers
+    for pair in averaged:
+        check_averaged(pair)
+
+    groups: dict[Key, list[Pair]] = {}
+    # Equal sizes side by side: the reference path gathers small ones at once.
+    for pair in sorted(averaged, key=lambda pair: pair.online.numel()):
+        if pair.online.numel():
+            groups.setdefault(_key(pair, ema_dtype), []).append(pair)
+    # From here on tensors change.
+    for pair in parameters + buffers:
+        for owner, key in pair.ema_slots:
+            owner[key] = pair.ema
+        dtype = ema_dtype if pair.ema.is_floating_point() else None
+        if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
+            pair.ema.data = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
+    flats = [bucket.flat for bucket in previous.buckets] if previous else []
+    buckets = [_lay_flat(key, pairs, flats) for key, pairs in groups.items()]
+    return Plan(
+        buckets=buckets,
+        copied=copied,
+        kept=buffers if handle_buffers == "ema_train" else [],
+        ema_tensors=[pair.ema for pair in averaged],
+        watch=Watch.over(model, ema_model, averaged),
+    )
+
+
+def _key(pair: Pair, ema_dtype: torch.dtype | None) -> Key:
+    if ema_dtype is None or pair.ema.is_complex():
+        ema_dtype = REAL_DTYPE[pair.ema.dtype]
+    dense = torch.ops.aten.is_non_overlapping_and_dense(pair.online)
+    return Key(pair.online.device, ema_dtype, REAL_DTYPE[pair.online.dtype], dense)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _lay_flat(key: Key, pairs: list[Pair], flats: list[Tensor]) -> Bucket:
+    """Make the EMA tensors of one bucket views of one buffer, with the online tensors' strides."""
+    align = ALIGNMENT // key.ema_dtype.itemsize
+    sources = [_real(pair.online) for pair in pairs]
+    offsets, total = [], 0
+    for source in sources:
+        offsets.append(total)
+        total += -(-source.numel() // align) * align
+
+    flat = _still_flat(key, pairs, offsets, total, flats)
+    if flat is None:
+        flat = torch.zeros(total, dtype=key.ema_dtype, device=key.device)
+    views = []
+    for pair, source, offset in zip(pairs, sources, offsets, strict=True):
+        strides = source.stride() if key.dense else _contiguous_strides(source.shape)
+        view = flat.as_strided(source.shape, strides, offset)
+        values = _real(pair.ema)
+        if (values.data_ptr(), values.stride()) != (view.data_ptr(), view.stride()):
+            # A clone, because the values may lie in this very memory in another order.
+            view.copy_(values.clone())
+            pair.ema.data = torch.view_as_complex(view) if pair.ema.is_complex() else view
+        views.append(view)
+    if key.dense:
+        sources = [source.as_strided((source.numel(),), (1,)) for source in sources]
+        views = [flat[o : o + s.numel()] for o, s in zip(offsets, sources, strict=True)]
+    return Bucket(key, [pair.name for pair in pairs], flat, offsets, views, sources)
+
+
+def _still_flat(
+    key: Key, pairs: list[Pair], offsets: list[int], total: int, flats: list[Tensor]
+) -> Tensor | None:
+    """The buffer that already holds these EMA tensors at these offsets, if there is one."""
+    itemsize = key.ema_dtype.itemsize
+    base = pairs[0].ema.data_ptr()
+    for flat in flats:
+        if (
+            flat.data_ptr() == base
+            and flat.numel() == total
+            and flat.dtype == key.ema_dtype
+            and all(
+                pair.ema.data_ptr() == base + offset * itemsize
+                for pair, offset in zip(pairs, offsets, strict=True)
+            )
+        ):
+            return flat
+    return None
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
