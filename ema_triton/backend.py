@@ -44,7 +44,11 @@ def choose(requested: str, plan: Plan) -> Backend:
     if obstacle is None:
         from ema_triton import launch
 
-        why = "backend='triton' was asked for" if requested == "triton" else "Triton drives the device"
+        why = (
+            "backend='triton' was asked for"
+            if requested == "triton"
+            else "Triton drives the device"
+        )
         return Backend("triton", "; ".join([why, *_exceptions(plan)]), launch.update)
     if requested == "triton":
         raise RuntimeError(

@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 try:
-    from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList, RemovableEventHandle
+    from ignite.engine import (
+        CallableEventWithFilter,
+        Engine,
+        Events,
+        EventsList,
+        RemovableEventHandle,
+    )
 except ImportError as error:
     raise ImportError(
         "ema_triton.EMAHandler attaches to PyTorch-Ignite's engines, and ignite does not import "
@@ -170,9 +176,9 @@ class EMAHandler:
         if hasattr(engine.state, name) and shown is not self._written and warn_if_exists:
             warnings.warn(
                 f"Attribute '{name}' already exists in Engine.state: either the engine has loaded "
-                "its state dict, or another handler uses it. In the first case, warn_if_exists=False "
-                f"silences this warning; in the second, choose another name. It is set to this "
-                "handler's momentum.",
+                "its state dict, or another handler uses it. In the first case, silence this "
+                "warning by warn_if_exists=False; in the second, choose another name. It is set to "
+                "this handler's momentum.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -299,7 +305,7 @@ def _check_schedule(
             "of your own."
         )
     first = schedule(1)
-    if isinstance(first, bool) or not isinstance(first, numbers.Real) or not 0 <= first <= 1:
+    if isinstance(first, bool) or not isinstance(first, numbers.Real) or not 0 <= float(first) <= 1:
         raise ValueError(
             f"Invalid momentum: {first!r}, from schedule(1). A schedule gives the weight of the "
             "online weights (1 - decay), in [0, 1]."

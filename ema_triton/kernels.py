@@ -36,8 +36,9 @@ def narrow(x, DTYPE: tl.constexpr):
 def lerp(ema, online, momentum):
     """torch.lerp(ema, online, momentum), as ATen's CUDA kernels compute it.
 
-    Below 0.5: fma(momentum, online - ema, ema). From 0.5 on: online - (online - ema) * (1 - momentum),
-    contracted to fma(momentum - 1, online - ema, online). Momentum 0 and 1 are exact.
+    Below 0.5 it is fma(momentum, online - ema, ema). From 0.5 on it is
+    online - (online - ema) * (1 - momentum), contracted to fma(momentum - 1, online - ema, online).
+    Momentum 0 and 1 are exact.
     """
     small = momentum < 0.5
     weight = tl.where(small, momentum, momentum - 1)
@@ -45,7 +46,14 @@ def lerp(ema, online, momentum):
 
 
 @triton.jit
-def ema_update(table_ptr, ema_ptr, momentum: tl.float64, momentum_ptr, ONLINE: tl.constexpr, BLOCK: tl.constexpr):
+def ema_update(
+    table_ptr,
+    ema_ptr,
+    momentum: tl.float64,
+    momentum_ptr,
+    ONLINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """ema = lerp(ema, online, momentum) for the chunk in row `program_id(0)` of the chunk table.
 
     table_ptr: int64 [rows, 3]: online address; element offset in the bucket; length * 2 + aligned.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ema_triton.backend import Backend, check_name, choose
 from ema_triton.pairs import clean_name, read_copies
@@ -119,8 +120,8 @@ class ModelEMA:
         return self._chosen.reason
 
     # A compiled training step calls this as it is: traced, every address would become a guard.
-    # Public torch.compiler.disable would do, but importing it here costs a second at start-up.
-    @torch._disable_dynamo
+    # torch.compiler.disable does the same, but its import costs a second at start-up.
+    @_disable_dynamo
     def update(self, momentum: float | Tensor) -> None:
         """Move the EMA towards the online model: ema = lerp(ema, online, momentum).
 
@@ -144,7 +145,7 @@ class ModelEMA:
             # Autograd learns of the write, as from any in-place operation.
             torch.autograd.graph.increment_version(plan.ema_tensors)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def sync(self) -> None:
         """Copy the online model into the EMA model, buffers too, e.g. after loading weights.
 
@@ -249,9 +250,9 @@ class ModelEMA:
             if isinstance(momentum, Tensor):
                 if momentum.device != bucket.key.device:
                     raise ValueError(
-                        f"The momentum is a tensor on {momentum.device}, but '{bucket.names[0]}' is "
-                        f"on {bucket.key.device}, where using it would wait for the device. Give a "
-                        "float, or a tensor on the model's only device."
+                        f"The momentum is a tensor on {momentum.device}, but '{bucket.names[0]}' "
+                        f"is on {bucket.key.device}, where using it would wait for the device. "
+                        "Give a float, or a tensor on the model's only device."
                     )
             elif not self._warned and bucket.key.ema_dtype in (torch.bfloat16, torch.float16):
                 resolution = torch.finfo(bucket.key.ema_dtype).eps

@@ -62,7 +62,9 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def pair_by_name(kind: str, online_slots: dict[str, Slot], ema_slots: dict[str, Slot]) -> list[Pair]:
+def pair_by_name(
+    kind: str, online_slots: dict[str, Slot], ema_slots: dict[str, Slot]
+) -> list[Pair]:
     """Pair by name; tensors tied in both models make one pair."""
     for here, there, whose in (
         (online_slots, ema_slots, "the online model has {}s that the EMA model lacks: {}"),
@@ -71,15 +73,16 @@ def pair_by_name(kind: str, online_slots: dict[str, Slot], ema_slots: dict[str, 
         if names := [name for name in here if name not in there]:
             raise ValueError(
                 whose.format(kind, _listed(names))
-                + ". They would not be averaged. Build a new ModelEMA (or EMAHandler) after changing "
-                "the model's structure, or give an ema_model with the same names."
+                + ". They would not be averaged. Build a new ModelEMA (or EMAHandler) after "
+                "changing the model's structure, or give an ema_model with the same names."
             )
     first: dict[int, Pair] = {}
     pairs: list[Pair] = []
     for name, online_slot in online_slots.items():
         ema_slot = ema_slots[name]
         online, ema = online_slot.read(), ema_slot.read()
-        assert online is not None and ema is not None  # slots() lists no empty ones
+        assert isinstance(online, Tensor)  # slots() lists no empty ones
+        assert isinstance(ema, Tensor)
         _check_kind(kind, name, online)
         _check_kind(kind, name, ema)
         _check_shapes(name, online, ema)
@@ -92,9 +95,10 @@ def pair_by_name(kind: str, online_slots: dict[str, Slot], ema_slots: dict[str, 
             # Tied in the EMA model, but no longer in the online model: untie it.
             if any(slot.owner is ema_slot.owner for slot in tied.ema_slots):
                 raise ValueError(
-                    f"{kind}s '{tied.name}' and '{name}' are different tensors in the online model "
-                    "but belong to one shared module in the EMA model, which cannot hold both "
-                    "averages. Build a new ModelEMA (or EMAHandler) after changing the model's structure."
+                    f"{kind}s '{tied.name}' and '{name}' are different tensors in the online "
+                    "model but belong to one shared module in the EMA model, which cannot hold "
+                    "both averages. Build a new ModelEMA (or EMAHandler) after changing the "
+                    "model's structure."
                 )
             ema = _detached_like(ema)
         elif _share_memory(online, ema):
@@ -163,6 +167,7 @@ def _check_shapes(name: str, online: Tensor | None, ema: Tensor | None) -> None:
 
 
 def check_averaged(pair: Pair) -> None:
+    """Raise TypeError unless the online tensor can be averaged into the EMA tensor."""
     if pair.ema.dtype not in REAL_DTYPE or pair.ema.is_complex() != pair.online.is_complex():
         raise TypeError(
             f"'{pair.name}' is {pair.online.dtype} in the online model but {pair.ema.dtype} in the "

@@ -25,6 +25,7 @@ CHUNK = 8192
 # Bytes. Each tensor of a bucket starts on such a boundary, as the widest memory access demands.
 ALIGNMENT = 16
 
+
 class Key(NamedTuple):
     """What the tensors of one bucket have in common; complex ones count as pairs of reals."""
 
@@ -102,7 +103,7 @@ class Watch:
         strided = [slot for pair in matrices for slot in pair.online_slots]
         online = strided + [slot for pair in vectors for slot in pair.online_slots]
         slots = online + [slot for pair in pairs for slot in pair.ema_slots]
-        tensors = [slot.owner[slot.key] for slot in slots]
+        tensors: list[Any] = [slot.read() for slot in slots]
         return cls(
             owners=[slot.owner for slot in slots],
             keys=[slot.key for slot in slots],

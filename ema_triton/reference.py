@@ -148,6 +148,5 @@ def _bisected(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         yield target, source
         return
     dim = max(range(source.dim()), key=source.size)
-    half = source.size(dim) // 2 + source.size(dim) % 2
-    for pair in zip(target.split(half, dim), source.split(half, dim), strict=True):
+    for pair in zip(target.chunk(2, dim), source.chunk(2, dim), strict=True):
         yield from _bisected(*pair)

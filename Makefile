@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything on a fresh machine: environment, installation, run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint gpu clean
+help:
+	@echo "make demo    train a small net with EMA on handwritten digits"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make gpu     run the GPU tests in the environment of PYTHON, installing nothing"
+	@echo "make clean   remove the environment and all outputs"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) -m pytest -m gpu -ra
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info digits_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,357 @@
+"""Schedules: pure functions from the update index, counting from 1, to the momentum.
+
+The momentum is the weight of the new value, 1 - decay. Any function will do as a schedule; these
+are the field's, frozen, so that they compare and print. Where 1 - decay would cancel digits, the
+momentum is computed directly.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Constant:
+    r"""The same momentum at every update: :math:`\lambda_t = \lambda`.
+
+    Args:
+        momentum: In [0, 1].
+
+    Raises:
+        ValueError: The momentum is outside [0, 1].
+        TypeError: It is not a number.
+
+    Example:
+        >>> Constant(0.25)(1)
+        0.25
+    """
+
+    momentum: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("momentum", self.momentum)
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        return self.momentum
+
+
+@dataclass(frozen=True)
+class LinearWarmup:
+    r"""From one momentum to another in a straight line, up or down, and constant from then on.
+
+    .. math:: \lambda_t = \lambda_1 + (\lambda - \lambda_1)\,\frac{t - 1}{\max(1, n - 1)}
+
+    Source: `ignite.handlers.EMAHandler`, `EMAWarmUp` of version 0.5.5.
+
+    Args:
+        momentum_warmup: :math:`\lambda_1`, the first update's momentum, in [0, 1].
+        momentum: :math:`\lambda`, in [0, 1], reached at update `warmup_iters`.
+        warmup_iters: :math:`n`, in updates, at least 1.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value is not a number, or `warmup_iters` not an integer.
+
+    Example:
+        >>> schedule = LinearWarmup(0.5, 0.1, warmup_iters=3)
+        >>> [round(schedule(t), 3) for t in (1, 2, 3, 4)]
+        [0.5, 0.3, 0.1, 0.1]
+    """
+
+    momentum_warmup: float
+    momentum: float
+    warmup_iters: int
+
+    def __post_init__(self) -> None:
+        _check_fraction("momentum", self.momentum)
+        _check_fraction("momentum_warmup", self.momentum_warmup)
+        _check_count("warmup_iters", self.warmup_iters)
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        if update_index >= max(2, self.warmup_iters):
+            return self.momentum
+        passed = (update_index - 1) / max(1, self.warmup_iters - 1)
+        return self.momentum_warmup + (self.momentum - self.momentum_warmup) * passed
+
+
+@dataclass(frozen=True)
+class InverseDecay:
+    r"""A decay that grows towards 1 like an inverse power of the updates made before.
+
+    .. math:: decay_t = clip(1 - (1 + (t - 1) / \gamma)^{-p},\ min,\ max)
+
+    With a minimum of 0 the first update copies the online weights. Source: the warm-up of timm's
+    `ModelEmaV3`, of ema-pytorch's `EMA` and of diffusers' `EMAModel` (`use_ema_warmup`); all three
+    subtract one from their count of updates.
+
+    Args:
+        gamma: :math:`\gamma > 0`, in updates: how many pass before the decay starts to rise.
+        power: :math:`p > 0`. 2/3 suits long trainings, 3/4 shorter ones.
+        min_decay: In [0, 1].
+        max_decay: In [0, 1], not below `min_decay`.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value is not a number.
+
+    Example:
+        >>> schedule = InverseDecay(gamma=1.0, power=0.5, max_decay=0.6)
+        >>> [schedule(t) for t in (1, 4, 1000)]
+        [1.0, 0.5, 0.4]
+    """
+
+    gamma: float = 1.0
+    power: float = 2 / 3
+    min_decay: float = 0.0
+    max_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        _check_positive("gamma", self.gamma, "a scale in updates")
+        _check_positive(
+            "power", self.power, "an exponent, and without it the decay would never rise"
+        )
+        _check_fraction("min_decay", self.min_decay)
+        _check_fraction("max_decay", self.max_decay)
+        if self.min_decay > self.max_decay:
+            raise ValueError(
+                f"Invalid min_decay: {self.min_decay}, above max_decay={self.max_decay}, so no "
+                "decay satisfies both. Give min_decay <= max_decay."
+            )
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        momentum = math.pow(1 + (update_index - 1) / self.gamma, -self.power)
+        return min(max(momentum, 1 - self.max_decay), 1 - self.min_decay)
+
+
+@dataclass(frozen=True)
+class CountWarmup:
+    r"""A decay that grows with the number of updates until it reaches its value.
+
+    .. math:: decay_t = min(decay,\ (1 + t) / (10 + t))
+
+    Source: `tf.train.ExponentialMovingAverage(num_updates)`; pytorch_ema, LitEma and torchtnt
+    follow it.
+
+    Args:
+        decay: In [0, 1].
+
+    Raises:
+        ValueError: The decay is outside [0, 1].
+        TypeError: It is not a number.
+
+    Example:
+        >>> schedule = CountWarmup(0.75)
+        >>> [schedule(t) for t in (8, 1000)]
+        [0.5, 0.25]
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("decay", self.decay)
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        return max(1 - self.decay, 9 / (10 + update_index))
+
+
+@dataclass(frozen=True)
+class ExponentialRamp:
+    r"""A decay that approaches its value exponentially.
+
+    .. math:: decay_t = decay \cdot (1 - e^{-t / \tau})
+
+    Source: ultralytics' `ModelEMA`.
+
+    Args:
+        decay: In [0, 1].
+        tau: :math:`\tau > 0`, in updates: after so many, 63 % of the decay is reached.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value is not a number.
+
+    Example:
+        >>> schedule = ExponentialRamp(0.9, tau=100)
+        >>> [round(schedule(t), 4) for t in (1, 100, 10000)]
+        [0.991, 0.4311, 0.1]
+    """
+
+    decay: float
+    tau: float = 2000
+
+    def __post_init__(self) -> None:
+        _check_fraction("decay", self.decay)
+        _check_positive("tau", self.tau, "a time constant in updates")
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        return (1 - self.decay) + self.decay * math.exp(-update_index / self.tau)
+
+
+@dataclass(frozen=True)
+class CosineRamp:
+    r"""A decay that rises from its base to 1 along half a cosine: in the end the EMA stands still.
+
+    .. math:: decay_t = 1 - (1 - base) \cdot (\cos(\pi\,\min(t - 1, n) / n) + 1) / 2
+
+    Source: Grill et al. 2020, "Bootstrap Your Own Latent", https://arxiv.org/abs/2006.07733;
+    DINO's teacher follows it.
+
+    Args:
+        base_decay: The first update's decay, in [0, 1].
+        updates: :math:`n`, the length of the training in updates, at least 1.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value is not a number, or `updates` not an integer.
+
+    Example:
+        >>> schedule = CosineRamp(0.75, updates=100)
+        >>> [round(schedule(t), 4) for t in (1, 51, 101, 200)]
+        [0.25, 0.125, 0.0, 0.0]
+    """
+
+    base_decay: float
+    updates: int
+
+    def __post_init__(self) -> None:
+        _check_fraction("base_decay", self.base_decay)
+        _check_count("updates", self.updates)
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        passed = min(update_index - 1, self.updates) / self.updates
+        # (cos(pi x) + 1) / 2, which near x = 1 would lose its digits.
+        return (1 - self.base_decay) * math.sin(math.pi * (1 - passed) / 2) ** 2
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    r"""A constant momentum given as the steps in which an old weight's share halves.
+
+    .. math:: decay = 2^{-every / half\_life}
+
+    The half-life is in the trainer's steps, so updating every so many steps does not change it.
+    Source: Karras et al. 2024, https://arxiv.org/abs/2312.02696, and MosaicML's Composer.
+
+    Args:
+        half_life: In steps of the trainer, above 0.
+        every: Steps from one update to the next, at least 1.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: `half_life` is not a number, or `every` not an integer.
+
+    Example:
+        >>> HalfLife(1)(1), HalfLife(2, every=2)(1)
+        (0.5, 0.5)
+    """
+
+    half_life: float
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive("half_life", self.half_life, "a number of steps")
+        _check_count("every", self.every)
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        return -math.expm1(-math.log(2) * self.every / self.half_life)
+
+
+_SCHEDULES = {
+    schedule.__name__: schedule
+    for schedule in (
+        Constant,
+        LinearWarmup,
+        InverseDecay,
+        CountWarmup,
+        ExponentialRamp,
+        CosineRamp,
+        HalfLife,
+    )
+}
+
+
+def schedule_to_state(schedule: Schedule) -> dict[str, Any] | None:
+    """The schedule as a dict of plain values; None for a function that is not one of these."""
+    name = type(schedule).__name__
+    if type(schedule) is not _SCHEDULES.get(name):
+        return None
+    return {"name": name, **asdict(schedule)}
+
+
+def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
+    """The schedule that `schedule_to_state` described.
+
+    Raises:
+        ValueError: The name or a field is unknown or missing, or a value invalid.
+    """
+    fields = dict(state) if isinstance(state, Mapping) else {"name": state}
+    kind = _SCHEDULES.get(str(fields.pop("name", None)))
+    try:
+        if kind is not None:
+            return kind(**fields)
+        problem = f"its name is not one of {', '.join(_SCHEDULES)}"
+    except (TypeError, ValueError) as error:
+        problem = str(error)
+    raise ValueError(
+        f"The saved schedule {state!r} cannot be restored: {problem}. It was written by another "
+        "release, or is damaged."
+    )
+
+
+def _check_index(update_index: int) -> None:
+    if update_index < 1:
+        raise ValueError(
+            f"Invalid update index: {update_index}. Updates are counted from 1: the first update's "
+            "momentum is schedule(1)."
+        )
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"Invalid {name}: {value!r}, a {type(value).__name__}. A schedule computes with it: "
+            "give a number."
+        )
+    return float(value)
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if not 0 <= _check_number(name, value) <= 1:
+        raise ValueError(
+            f"Invalid {name}: {value}. Outside [0, 1] the EMA diverges: give a value in [0, 1]."
+        )
+
+
+def _check_positive(name: str, value: object, meaning: str) -> None:
+    if not 0 < _check_number(name, value) < math.inf:
+        raise ValueError(f"Invalid {name}: {value}. It is {meaning}: give a finite value above 0.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
+            "give an integer."
+        )
+    if value < 1:
+        raise ValueError(f"Invalid {name}: {value}. It counts updates or steps: give at least 1.")
