@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Exits with a message where $(PYTHON) is too old; runs in any Python, so that it can say so.
+CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
+
 .PHONY: help demo test lint gpu clean
 help:
 	@echo "make demo    train a small net with EMA on handwritten digits"
@@ -13,7 +16,7 @@ help:
 	@echo "make clean   remove the environment and all outputs"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -30,6 +33,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 gpu:
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m pytest -m gpu -ra
 
 clean:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ema_triton.backend import Backend, check_name, choose
-from ema_triton.pairs import clean_name, read_copies
+from ema_triton.pairs import check_tensors, clean_name, read_copies
 from ema_triton.plan import Plan, make_plan
 
 logger = logging.getLogger("ema_triton")
@@ -92,7 +92,9 @@ class ModelEMA:
         self.model = unwrap(model)
         self.handle_buffers = handle_buffers
         if ema_model is None:
-            self.ema_model = _copy(self.model)
+            check_tensors(self.model)
+            with torch.inference_mode(False):  # as in _make_plan
+                self.ema_model = _copy(self.model)
         else:
             _check_model(ema_model)
             self.ema_model = unwrap(ema_model)
@@ -262,7 +264,7 @@ class ModelEMA:
                         f"momentum {momentum:g} is below the resolution of {bucket.key.ema_dtype} "
                         f"({resolution:g}): most updates of the EMA round away, and it stands "
                         "still. Pass ema_dtype=torch.float32 to keep the EMA in fp32.",
-                        stacklevel=4,
+                        stacklevel=5,  # past the two frames of _disable_dynamo
                     )
 
 

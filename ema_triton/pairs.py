@@ -166,13 +166,29 @@ def _check_shapes(name: str, online: Tensor | None, ema: Tensor | None) -> None:
         )
 
 
+def has_fractions(tensor: Tensor) -> bool:
+    """Whether an average means anything; integers and booleans are copied instead."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def check_averaged(pair: Pair) -> None:
     """Raise TypeError unless the online tensor can be averaged into the EMA tensor."""
-    if pair.ema.dtype not in REAL_DTYPE or pair.ema.is_complex() != pair.online.is_complex():
+    online, ema = pair.online.dtype, pair.ema.dtype
+    if online not in REAL_DTYPE or ema not in REAL_DTYPE or online.is_complex != ema.is_complex:
         raise TypeError(
-            f"'{pair.name}' is {pair.online.dtype} in the online model but {pair.ema.dtype} in the "
-            "EMA model. Real tensors are averaged into real ones, complex into complex."
+            f"'{pair.name}' is {online} in the online model and {ema} in the EMA model, which "
+            "cannot be averaged. Real tensors (float64, float32, bfloat16, float16) are averaged "
+            "into real ones, complex into complex; convert it, or keep it out of the parameters."
         )
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Raise unless every tensor of the online model is of a kind that can be averaged or copied."""
+    for kind, found in zip(("parameter", "buffer"), slots(model), strict=True):
+        for name, slot in found.items():
+            tensor = slot.read()
+            assert isinstance(tensor, Tensor)
+            _check_kind(kind, name, tensor)
 
 
 def read_copies(pairs: list[Pair]) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_triton.pairs import REAL_DTYPE, Pair, check_averaged, pair_by_name, slots
+from ema_triton.pairs import REAL_DTYPE, Pair, check_averaged, has_fractions, pair_by_name, slots
 
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
@@ -27,11 +27,16 @@ ALIGNMENT = 16
 
 
 class Key(NamedTuple):
-    """What the tensors of one bucket have in common; complex ones count as pairs of reals."""
+    """What the tensors of one bucket have in common.
+
+    Complex tensors count as pairs of reals, of these dtypes, but in buckets of their own:
+    `torch.save` refuses tensors that view one storage as different types.
+    """
 
     device: torch.device
     ema_dtype: torch.dtype
     online_dtype: torch.dtype
+    is_complex: bool
     dense: bool
 
 
@@ -190,8 +195,8 @@ def make_plan(
     buffers = pair_by_name("buffer", online_buffers, ema_buffers)
 
     candidates = parameters + (buffers if handle_buffers == "update" else [])
-    averaged = [pair for pair in candidates if pair.online.dtype in REAL_DTYPE]
-    copied = [pair for pair in candidates if pair.online.dtype not in REAL_DTYPE]
+    averaged = [pair for pair in candidates if has_fractions(pair.online)]
+    copied = [pair for pair in candidates if not has_fractions(pair.online)]
     if handle_buffers == "copy":
         copied += buffers
     for pair in averaged:
@@ -221,10 +226,12 @@ def make_plan(
 
 
 def _key(pair: Pair, ema_dtype: torch.dtype | None) -> Key:
-    if ema_dtype is None or pair.ema.is_complex():
+    is_complex = pair.ema.is_complex()
+    if ema_dtype is None or is_complex:
         ema_dtype = REAL_DTYPE[pair.ema.dtype]
+    online_dtype = REAL_DTYPE[pair.online.dtype]
     dense = torch.ops.aten.is_non_overlapping_and_dense(pair.online)
-    return Key(pair.online.device, ema_dtype, REAL_DTYPE[pair.online.dtype], dense)
+    return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense)
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -252,7 +259,7 @@ def _lay_flat(key: Key, pairs: list[Pair], flats: list[Tensor]) -> Bucket:
         if (values.data_ptr(), values.stride()) != (view.data_ptr(), view.stride()):
             # A clone, because the values may lie in this very memory in another order.
             view.copy_(values.clone())
-            pair.ema.data = torch.view_as_complex(view) if pair.ema.is_complex() else view
+            pair.ema.data = torch.view_as_complex(view) if key.is_complex else view
         views.append(view)
     if key.dense:
         sources = [source.as_strided((source.numel(),), (1,)) for source in sources]

@@ -1,0 +1,94 @@
+"""The choice of backend, and that it is never silent."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from ema_triton import ModelEMA
+
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not set there")
+
+
+def test_auto_takes_foreach_on_a_cpu_and_says_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = pytest.importorskip("ema_triton.launch")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with caplog.at_level(logging.INFO, logger="ema_triton"):
+        ema = ModelEMA(nn.Linear(2, 2))
+        ema.update(0.5)
+        ema.update(0.5)
+    assert ema.backend == "foreach"
+    assert ema.backend_reason == "the tensors are on cpu, which Triton does not drive"
+    (record,) = caplog.records
+    assert record.name == "ema_triton"
+    assert record.getMessage() == f"EMA backend: foreach ({ema.backend_reason})"
+
+
+@CPU_ONLY
+def test_auto_never_takes_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    ema = ModelEMA(nn.Linear(2, 2))
+    assert ema.backend == "foreach"
+    assert "'auto' never takes Triton's interpreter" in ema.backend_reason
+
+
+def test_triton_runs_where_asked_for(kernel_device: torch.device) -> None:
+    pytest.importorskip("triton")
+    model = nn.Linear(2, 2).to(kernel_device)
+    ema = ModelEMA(model, backend="triton")
+    assert (ema.backend, ema.backend_reason) == ("triton", "backend='triton' was asked for")
+    model.weight.data += 1
+    before = ema.ema_model.weight.clone()
+    ema.update(0.25)
+    torch.testing.assert_close(ema.ema_model.weight, before + 0.25)
+
+
+def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("ema_triton.launch")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run here: .* on cpu.*backend='auto'"):
+        ModelEMA(nn.Linear(2, 2), backend="triton")
+
+
+def test_without_triton_the_reason_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in ModelEMA(nn.Linear(2, 2)).backend_reason
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        ModelEMA(nn.Linear(2, 2), backend="triton")
+
+
+def test_auto_falls_back_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("ema_triton.launch")
+
+    def fail(plan: object) -> None:
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(launch, "prepare", fail)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "obstacle", lambda bucket: None)
+    ema = ModelEMA(nn.Linear(2, 2))
+    assert ema.backend == "foreach"
+    assert "Triton cannot compile for this device (OSError: no C compiler)" in ema.backend_reason
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        ModelEMA(nn.Linear(2, 2), backend="triton")
+
+
+def test_foreach_when_asked_for(kernel_device: torch.device) -> None:
+    ema = ModelEMA(nn.Linear(2, 2).to(kernel_device), backend="foreach")
+    assert (ema.backend, ema.backend_reason) == ("foreach", "backend='foreach' was asked for")
+
+
+def test_an_unknown_backend_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"one of 'auto', 'triton', 'foreach', but got 'cuda'"):
+        ModelEMA(nn.Linear(2, 2), backend="cuda")
+
+
+def test_a_model_without_tensors_to_average() -> None:
+    ema = ModelEMA(nn.Identity())
+    ema.update(0.5)
+    ema.sync()
+    assert ema.backend == "foreach"

@@ -1,0 +1,135 @@
+"""The kernel's arithmetic, bit by bit, and its reach: never an element past a tensor's end."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_triton.plan import make_plan
+
+launch = pytest.importorskip("ema_triton.launch")
+
+
+def run(online: Tensor, ema: Tensor, momentum: float, device: torch.device) -> Tensor:
+    """The kernel's result for one tensor."""
+    model = nn.ParameterList([nn.Parameter(online.to(device))])
+    twin = nn.ParameterList([nn.Parameter(ema.to(device))])
+    launch.update(make_plan(model, twin, "copy"), momentum)
+    return twin[0].detach().cpu()
+
+
+def bits(values: list[int], dtype: torch.dtype, view: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(view).view(dtype)
+
+
+def same_bits(one: Tensor, other: Tensor) -> None:
+    """Equal bits, except that a NaN may be any NaN."""
+    assert torch.equal(one.isnan(), other.isnan())
+    kept = ~one.isnan()
+    integers = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    assert torch.equal(one[kept].view(integers), other[kept].view(integers))
+
+
+# Every high half, with low halves that round down, up, and to even; most NaNs have a low half too.
+LOW = (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+
+
+def test_bf16_is_rounded_to_nearest_even_for_every_high_half(kernel_device: torch.device) -> None:
+    high = torch.arange(1 << 16).repeat_interleave(len(LOW)) << 16
+    pattern = high + torch.tensor(LOW).repeat(1 << 16)
+    online = pattern.to(torch.int32).view(torch.float32)
+    zeros = torch.zeros(len(online), dtype=torch.bfloat16)
+    # At momentum 1 the result is the online value, rounded: fma(0, online - 0, online).
+    result = run(online, zeros, 1.0, kernel_device)
+    expected = online.to(torch.bfloat16)
+    expected[online.isinf()] = float("nan")  # 0 * Inf, as torch.lerp has it
+    same_bits(result, expected)
+
+
+def test_every_bf16_and_fp16_value_is_read_exactly(kernel_device: torch.device) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        online = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+        result = run(online, torch.zeros(1 << 16), 1.0, kernel_device)
+        expected = online.float()
+        expected[online.isinf()] = float("nan")
+        same_bits(result, expected)
+
+
+def test_a_nan_whose_mantissa_would_carry_away_stays_a_nan(kernel_device: torch.device) -> None:
+    online = bits([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001], torch.float32, torch.int32)
+    result = run(online, torch.zeros(4, dtype=torch.bfloat16), 0.5, kernel_device)
+    assert result.isnan().all()
+
+
+def test_infinities_stay_where_the_formula_keeps_them(kernel_device: torch.device) -> None:
+    inf = float("inf")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        online = torch.tensor([inf, -inf, 1.0, 1.0], dtype=dtype)
+        ema = torch.tensor([1.0, 1.0, inf, -inf], dtype=dtype)
+        for momentum in (0.25, 0.75):
+            expected = torch.lerp(ema.double(), online.double(), momentum).to(dtype)
+            assert expected[0].isinf() == (momentum < 0.5)  # above, the formula has Inf - Inf
+            same_bits(run(online, ema, momentum, kernel_device), expected)
+
+
+@pytest.mark.parametrize("length", [5, 8, 8191, 8193])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_past_the_end_is_touched(length: int, dtype: torch.dtype) -> None:
+    """The online tensor ends where its memory ends: one element more would be a segmentation fault.
+
+    The control reads that one element and must die of it.
+    """
+    if torch.cuda.is_available():
+        pytest.skip("guard pages are the CPU's; on a GPU compute-sanitizer looks for this")
+    program = textwrap.dedent(f"""
+        import ctypes, mmap, os, sys
+        os.environ["TRITON_INTERPRET"] = "1"
+        import torch
+        from torch import nn
+        from ema_triton.launch import update
+        from ema_triton.plan import make_plan
+
+        page, dtype, length = mmap.PAGESIZE, {dtype}, {length}
+        size = length * dtype.itemsize
+        pages = -(-size // page)
+        memory = mmap.mmap(-1, (pages + 1) * page)
+        everything = torch.frombuffer(memory, dtype=torch.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        guard = ctypes.c_void_p(everything.data_ptr() + pages * page)
+        assert libc.mprotect(guard, ctypes.c_size_t(page), 0) == 0
+        start = pages * page - size
+        online = everything[start : start + size].view(dtype)
+        online.fill_(1.0)
+        if sys.argv[1] == "control":
+            online.as_strided((length + 1,), (1,)).sum().item()
+        model = nn.ParameterList([torch.empty(0, dtype=dtype)])
+        model[0].data = online
+        twin = nn.ParameterList([torch.zeros(length, dtype=dtype)])
+        update(make_plan(model, twin, "copy"), 0.5)
+        assert twin[0].eq(0.5).all()
+        print("fine", flush=True)
+        os._exit(0)
+    """)
+
+    def outcome(argument: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, argument], capture_output=True, text=True, check=False
+        )
+
+    ran = outcome("kernel")
+    assert ran.stdout == "fine\n", ran.stderr
+    assert outcome("control").returncode < 0
+
+
+def test_the_padding_between_tensors_is_nobodys(kernel_device: torch.device) -> None:
+    model = nn.ParameterList([torch.ones(5), torch.ones(6)]).to(kernel_device)
+    twin = nn.ParameterList([torch.zeros(5), torch.zeros(6)]).to(kernel_device)
+    plan = make_plan(model, twin, "copy")
+    (bucket,) = plan.buckets
+    bucket.flat[5:8] = 77.0
+    launch.update(plan, 0.5)
+    assert bucket.flat[5:8].eq(77.0).all()
+    assert twin[1].eq(0.5).all()

@@ -1,0 +1,110 @@
+"""The foreach path: one call for one dtype, a bounded scratch for two."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ema_triton import reference
+from ema_triton.plan import make_plan
+from tests.tolerances import assert_update, update_bound
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operators and remembers the largest allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append(func.overloadpacket.__name__)
+        known = {t.untyped_storage().data_ptr() for t in tensors(args) + tensors(kwargs)}
+        for tensor in tensors(result):
+            if tensor.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def tensors(tree: object) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def filled(sizes: list[int], value: float, dtype: torch.dtype) -> nn.ParameterList:
+    return nn.ParameterList([torch.full((size,), value, dtype=dtype) for size in sizes])
+
+
+SIZES = [3, 64, 64, 64, 64, 64, 64, 64, 64, 64, 100, 100, 5000, 70000]
+
+
+def test_one_dtype_is_one_foreach_call_and_no_allocation() -> None:
+    plan = make_plan(
+        filled(SIZES, 1.0, torch.float32), ema := filled(SIZES, 0.0, torch.float32), "copy"
+    )
+    reference.update(plan, 0.0)
+    with Recorder() as recorder:
+        reference.update(plan, 0.25)
+    assert recorder.calls.count("_foreach_lerp_") == 1
+    assert set(recorder.calls) == {"_foreach_lerp_", "cat"}  # cat gathers the nine of 64
+    assert recorder.largest == 0
+    assert all(p.eq(0.25).all() for p in ema)
+
+
+@pytest.mark.parametrize("ema_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mixed_dtypes_meet_in_a_bounded_scratch(ema_dtype: torch.dtype) -> None:
+    online_dtype = torch.bfloat16 if ema_dtype != torch.bfloat16 else torch.float32
+    sizes = [3, 2 * reference.SCRATCH + 5, 7, reference.SCRATCH - 1]
+    plan = make_plan(filled(sizes, 1.0, online_dtype), ema := filled(sizes, 0.0, ema_dtype), "copy")
+    with Recorder() as first:
+        reference.update(plan, 0.25)
+    with Recorder() as second:
+        reference.update(plan, 1.0)
+    assert 0 < first.largest <= 16 * 2**20  # laid once
+    assert second.largest == 0
+    assert all(p.eq(1.0).all() for p in ema)
+
+
+def test_the_recorder_sees_a_full_size_temporary() -> None:
+    with Recorder() as recorder:
+        torch.zeros(1000).bfloat16().float()
+    assert recorder.largest == 4000
+
+
+def test_gaps_and_mixed_dtypes_together_stay_bounded() -> None:
+    length = 3 * reference.SCRATCH
+    online = nn.ParameterList([torch.empty(0, dtype=torch.bfloat16)])
+    online[0].data = torch.randn(length, 2, dtype=torch.bfloat16)[:, :1]
+    ema = nn.ParameterList([torch.randn(length, 1)])
+    before = ema[0].detach().clone()
+    plan = make_plan(online, ema, "copy")
+    assert not plan.buckets[0].key.dense
+    with Recorder() as recorder:
+        reference.update(plan, 0.3)
+    assert recorder.largest <= 16 * 2**20
+    truth = torch.lerp(before.double(), online[0].double(), torch.tensor(0.3).double())
+    assert_update(ema[0].detach(), truth, update_bound(before, online[0], torch.float32))
+
+
+def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    online = nn.ParameterList([torch.randn(64) for _ in range(20)])
+    results = []
+    for many, gathered in ((20, True), (21, False)):
+        monkeypatch.setattr(reference, "MANY", many)
+        ema = nn.ParameterList([torch.zeros(64) for _ in range(20)])
+        plan = make_plan(online, ema, "copy")
+        reference.update(plan, 0.3)
+        assert bool(reference._direct[plan.buckets[0]].gathers) == gathered
+        results.append(torch.cat([*ema]))
+    assert torch.equal(*results)
+
+
+def test_scratch_goes_with_the_plan() -> None:
+    before = len(reference._widened)
+    plan = make_plan(filled([9], 1.0, torch.bfloat16), filled([9], 0.0, torch.float32), "copy")
+    reference.update(plan, 0.5)
+    assert len(reference._widened) == before + 1
+    del plan
+    assert len(reference._widened) == before
