@@ -26,8 +26,8 @@ def choose(requested: str, plan: Plan) -> Backend:
     """Resolve "auto", "triton" or "foreach" for the tensors of a plan.
 
     "auto" takes Triton where it drives the tensors' device and can compile there, else foreach;
-    it never takes Triton's interpreter. Buckets that the kernel cannot take go through the
-    reference path under either backend, and the reason names them.
+    it never takes Triton's interpreter. Tensors that the kernel cannot take, for their dtype or
+    their layout, go through the reference path under "triton" too, and the reason names them.
 
     Args:
         requested: One of `BACKENDS`.
@@ -40,15 +40,12 @@ def choose(requested: str, plan: Plan) -> Backend:
     check_name(requested)
     if requested == "foreach":
         return Backend("foreach", "backend='foreach' was asked for", reference.update)
-    obstacle = _obstacle(plan, interpreter=requested == "triton")
+    obstacle = _obstacle(plan, explicit=requested == "triton")
     if obstacle is None:
         from ema_triton import launch
 
-        why = (
-            "backend='triton' was asked for"
-            if requested == "triton"
-            else "Triton drives the device"
-        )
+        asked = requested == "triton"
+        why = "backend='triton' was asked for" if asked else "Triton drives the device"
         return Backend("triton", "; ".join([why, *_exceptions(plan)]), launch.update)
     if requested == "triton":
         raise RuntimeError(
@@ -67,19 +64,25 @@ def check_name(requested: str) -> None:
         )
 
 
-def _obstacle(plan: Plan, *, interpreter: bool) -> str | None:
-    """Why Triton cannot run the plan; None when it has compiled the kernels for it."""
+def _obstacle(plan: Plan, *, explicit: bool) -> str | None:
+    """Why Triton cannot run the plan; None when it has compiled the kernels for it.
+
+    Asked for explicitly, only the devices decide: a cast in mid-training is not an error.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     try:
         from ema_triton import launch
     except ImportError as error:
         return f"triton does not import ({error}); reinstall it"
-    if launch.INTERPRETED and not interpreter:
+    if launch.INTERPRETED and not explicit:
         return "TRITON_INTERPRET=1 is set, and 'auto' never takes Triton's interpreter"
     if not plan.buckets:
         return "the model has no tensors to average"
-    obstacles = [launch.obstacle(bucket) for bucket in plan.buckets]
+    obstacles = [
+        launch.device_obstacle(bucket.key.device) if explicit else launch.obstacle(bucket)
+        for bucket in plan.buckets
+    ]
     if None not in obstacles:
         return obstacles[0]
     try:

@@ -55,8 +55,8 @@ def prepare(plan: Plan) -> None:
 def obstacle(bucket: Bucket) -> str | None:
     """Why the kernel cannot take this bucket; None if it can."""
     key = bucket.key
-    if key.device.type not in ("cuda", "xpu") and not INTERPRETED:
-        return f"the tensors are on {key.device}, which Triton does not drive"
+    if (device := device_obstacle(key.device)) is not None:
+        return device
     if not key.dense:
         return "the online tensors are not dense (there are gaps or overlaps in their memory)"
     if not (key.ema_dtype == key.online_dtype == torch.float64) and not (
@@ -64,6 +64,13 @@ def obstacle(bucket: Bucket) -> str | None:
     ):
         return f"the kernel does not average {key.online_dtype} into {key.ema_dtype}"
     return None
+
+
+def device_obstacle(device: torch.device) -> str | None:
+    """Why the kernel cannot run on this device; None if it can."""
+    if device.type in ("cuda", "xpu") or INTERPRETED:
+        return None
+    return f"the tensors are on {device}, which Triton does not drive"
 
 
 def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:

@@ -70,6 +70,7 @@ def test_auto_falls_back_where_triton_cannot_compile(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launch, "prepare", fail)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "obstacle", lambda bucket: None)
+    monkeypatch.setattr(launch, "device_obstacle", lambda device: None)
     ema = ModelEMA(nn.Linear(2, 2))
     assert ema.backend == "foreach"
     assert "Triton cannot compile for this device (OSError: no C compiler)" in ema.backend_reason
