@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,12 +68,10 @@ def _obstacle(plan: Plan, *, explicit: bool) -> str | None:
 
     Asked for explicitly, only the devices decide: a cast in mid-training is not an error.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
     try:
         from ema_triton import launch
     except ImportError as error:
-        return f"triton does not import ({error}); reinstall it"
+        return f"triton does not import ({error}); pip install triton"
     if launch.INTERPRETED and not explicit:
         return "TRITON_INTERPRET=1 is set, and 'auto' never takes Triton's interpreter"
     if not plan.buckets:

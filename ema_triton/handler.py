@@ -151,8 +151,9 @@ class EMAHandler:
     ) -> None:
         """Update the EMA at every `event` of `engine`, and show the momentum in `engine.state`.
 
-        As in Ignite, a constant momentum is read from `engine.state`, so that a state parameter
-        scheduler may drive it; a warm-up or a `schedule` writes it there before each update.
+        As in Ignite, a constant momentum is read from `engine.state`, where others may write it (a
+        state parameter scheduler, or the user before or after attaching); a warm-up or a
+        `schedule` writes it there before each update.
 
         Args:
             engine: The trainer.
@@ -171,19 +172,27 @@ class EMAHandler:
                 "This EMAHandler is attached to this engine already; attached twice, it would "
                 "update twice per event. Call detach() first to attach it differently."
             )
+        exists = hasattr(engine.state, name)
         shown = getattr(engine.state, name, None)
-        self._handles[engine] = engine.add_event_handler(event, self._update, name)
-        if hasattr(engine.state, name) and shown is not self._written and warn_if_exists:
+        try:
+            handle = engine.add_event_handler(event, self._update, name)
+        except Exception:
+            for part in event if isinstance(event, EventsList) else ():
+                if engine.has_event_handler(self._update, part):
+                    engine.remove_event_handler(self._update, part)
+            raise
+        self._handles[engine] = handle
+        self._attached.add(self)
+        if exists and shown is not self._written and warn_if_exists:
             warnings.warn(
                 f"Attribute '{name}' already exists in Engine.state: either the engine has loaded "
                 "its state dict, or another handler uses it. In the first case, silence this "
-                "warning by warn_if_exists=False; in the second, choose another name. It is set to "
-                "this handler's momentum.",
+                "warning by warn_if_exists=False; in the second, choose another name.",
                 UserWarning,
                 stacklevel=2,
             )
-        self._attached.add(self)
-        self._write(engine, name, self.schedule(self.update_index + 1))
+        if not exists or self._wrote(shown):
+            self._write(engine, name, _momentum_from(self.schedule, self.update_index + 1))
 
     def detach(self) -> None:
         """Stop updating, on every engine; the EMA model and `engine.state` stay as they are."""
@@ -204,7 +213,7 @@ class EMAHandler:
         return {
             "update_index": self.update_index,
             "schedule": schedule_to_state(self.schedule),
-            "ema": self.ema.state_dict(),
+            **self.ema.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -217,12 +226,12 @@ class EMAHandler:
             ValueError: The state is not that of a handler, or does not fit the model. Nothing has
                 been loaded then.
         """
-        keys = {"update_index", "schedule", "ema"}
+        keys = {"update_index", "schedule"}
         if not isinstance(state_dict, Mapping) or not keys <= state_dict.keys():
             got = list(state_dict)[:5] if isinstance(state_dict, Mapping) else type(state_dict)
             raise ValueError(
-                "The state must be what EMAHandler.state_dict() returned, with "
-                f"{', '.join(sorted(keys))}, but got {got}. To load weights only, use "
+                "The state must be what EMAHandler.state_dict() returned, with 'update_index' and "
+                f"'schedule', but got {got}. To load a module's state dict, use "
                 "handler.ema_model.load_state_dict(weights)."
             )
         update_index = state_dict["update_index"]
@@ -234,7 +243,7 @@ class EMAHandler:
         schedule = self.schedule
         if state_dict["schedule"] is not None:
             schedule = schedule_from_state(state_dict["schedule"])
-        self.ema.load_state_dict(state_dict["ema"])
+        self.ema.load_state_dict(state_dict)
         if schedule != self.schedule:
             warnings.warn(
                 f"The checkpoint's schedule {schedule} replaces this handler's {self.schedule}. To "
@@ -246,8 +255,8 @@ class EMAHandler:
         self.update_index = update_index
 
     def _update(self, engine: Engine, name: str) -> None:
-        momentum = self.schedule(self.update_index + 1)
-        shown = getattr(engine.state, name)
+        momentum = _momentum_from(self.schedule, self.update_index + 1)
+        shown = getattr(engine.state, name, self._written)
         if isinstance(self.schedule, Constant) and not self._wrote(shown):
             momentum = shown
         else:
@@ -256,9 +265,9 @@ class EMAHandler:
         self.update_index += 1
 
     def _write(self, engine: Engine, name: str, momentum: float) -> None:
-        # A float of our own: `_wrote` goes by identity.
-        self._written = momentum
-        setattr(engine.state, name, momentum)
+        # The sum is a float object of our own, by whose identity `_wrote` goes.
+        self._written = momentum + 0.0
+        setattr(engine.state, name, self._written)
 
     def _wrote(self, shown: object) -> bool:
         return any(shown is handler._written for handler in self._attached)
@@ -304,9 +313,15 @@ def _check_schedule(
             f"{schedule!r}. Give one of ema_triton.schedules, e.g. HalfLife(1000), or a function "
             "of your own."
         )
-    first = schedule(1)
-    if isinstance(first, bool) or not isinstance(first, numbers.Real) or not 0 <= float(first) <= 1:
+    _momentum_from(schedule, 1)
+
+
+def _momentum_from(schedule: Schedule, update_index: int) -> float:
+    momentum = schedule(update_index)
+    number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
+    if not number or not 0 <= momentum <= 1:
         raise ValueError(
-            f"Invalid momentum: {first!r}, from schedule(1). A schedule gives the weight of the "
-            "online weights (1 - decay), in [0, 1]."
+            f"Invalid momentum: {momentum!r}, from the schedule at update {update_index}. A "
+            "schedule gives the weight of the online weights (1 - decay), in [0, 1]."
         )
+    return momentum

@@ -166,10 +166,12 @@ class ModelEMA:
 
     def state_dict(self) -> dict[str, Any]:
         """The EMA model's state by clean name, for `torch.save`; tensors are shared, not copied."""
+        # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
+        # from one among others by that name.
         weights = self.ema_model.state_dict()
         return {
             "version": STATE_VERSION,
-            "ema_model": {clean_name(name): value for name, value in weights.items()},
+            "weights": {clean_name(name): value for name, value in weights.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,16 +352,16 @@ def _check_momentum(momentum: object) -> float | Tensor:
 
 
 def _check_state(state: object) -> Mapping[str, Any]:
-    if not isinstance(state, Mapping) or not isinstance(state.get("ema_model"), Mapping):
+    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
         got = f"keys {list(state)[:5]}" if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(
-            f"The state must be what ModelEMA.state_dict() returned, but got {got}. To load a "
-            "module's state dict, use ema.ema_model.load_state_dict(state)."
+            f"The state must be what ModelEMA.state_dict() returned, with 'version' and 'weights', "
+            f"but got {got}. To load a module's state dict, use ema_model.load_state_dict(state)."
         )
     if state.get("version") != STATE_VERSION:
         raise ValueError(
             f"The state has version {state.get('version')!r}, but this release of ema_triton reads "
             f"version {STATE_VERSION}. Use the release that wrote it."
         )
-    weights: Mapping[str, Any] = state["ema_model"]
+    weights: Mapping[str, Any] = state["weights"]
     return weights

@@ -313,14 +313,14 @@ def test_state_round_trip() -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda s: s["ema_model"].pop("weight"), r"'weight' is missing.*Nothing was loaded"),
-        (lambda s: s["ema_model"].update(more=torch.ones(1)), "'more' is unexpected"),
+        (lambda s: s["weights"].pop("weight"), r"'weight' is missing.*Nothing was loaded"),
+        (lambda s: s["weights"].update(more=torch.ones(1)), "'more' is unexpected"),
         (
-            lambda s: s["ema_model"].update(bias=torch.ones(7)),
+            lambda s: s["weights"].update(bias=torch.ones(7)),
             r"'bias' is \(7,\) in the state but \(2,\) here",
         ),
-        (lambda s: s["ema_model"].update(bias="x"), "'bias' is a str, not a tensor"),
-        (lambda s: s.pop("ema_model"), r"must be what ModelEMA.state_dict\(\) returned"),
+        (lambda s: s["weights"].update(bias="x"), "'bias' is a str, not a tensor"),
+        (lambda s: s.pop("weights"), r"must be what ModelEMA.state_dict\(\) returned, with 'version' and 'weights'"),
         (lambda s: s.update(version=99), "has version 99.*reads version 1"),
     ],
 )
@@ -329,7 +329,7 @@ def test_a_state_that_does_not_fit_loads_nothing(
 ) -> None:
     ema = ModelEMA(nn.Linear(2, 2))
     state = copy.deepcopy(ema.state_dict())
-    for tensor in state["ema_model"].values():
+    for tensor in state["weights"].values():
         tensor.add_(1)
     damage(state)
     before = copy.deepcopy(ema.ema_model.state_dict())

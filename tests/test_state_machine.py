@@ -44,7 +44,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def reset_shadow(self) -> None:
         """The EMA as it is now is the new truth."""
-        self.shadow = {name: t.double() for name, t in self.averaged(self.ema.ema_model).items()}
+        averaged = self.averaged(self.ema.ema_model)
+        self.shadow = {name: tensor.double().clone() for name, tensor in averaged.items()}
         self.error = {name: torch.zeros_like(t) for name, t in self.shadow.items()}
 
     def averaged(self, model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,129 @@
+"""Import hygiene: nothing that the user did not ask for, and clear errors where it is missing."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# Makes a package look as if it were not installed.
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(program: str, *, without: tuple[str, ...] = ()) -> str:
+    code = WITHOUT.format(names=without) + textwrap.dedent(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_takes_neither_ignite_nor_triton_nor_the_compiler() -> None:
+    found = run("""
+        import ema_triton
+        import sys
+        wanted = ("ignite", "triton", "torch._dynamo", "torch.distributed.tensor")
+        print([name for name in wanted if name in sys.modules])
+    """)
+    assert found == "[]"
+
+
+def test_that_check_can_fail() -> None:
+    pytest.importorskip("triton")
+    assert run("import triton, sys; print('triton' in sys.modules)") == "True"
+    with pytest.raises(AssertionError, match="No module named 'triton'"):
+        run("import triton", without=("triton",))
+
+
+def test_without_triton_and_ignite_the_ema_works() -> None:
+    found = run(
+        """
+        import torch
+        from ema_triton import HalfLife, ModelEMA
+        model = torch.nn.Linear(2, 2)
+        ema = ModelEMA(model)
+        ema.update(HalfLife(10)(1))
+        print(ema.backend, "|", ema.backend_reason)
+        try:
+            ModelEMA(model, backend="triton")
+        except RuntimeError as error:
+            print(error)
+        """,
+        without=("triton", "ignite"),
+    )
+    reason = "triton does not import (No module named 'triton'); pip install triton"
+    assert f"foreach | {reason}" in found
+    assert f"backend='triton' cannot run here: {reason}. Use backend='auto'" in found
+
+
+def test_without_ignite_the_handler_says_what_to_do() -> None:
+    found = run(
+        """
+        import ema_triton
+        for attempt in ("from ema_triton import EMAHandler", "ema_triton.EMAHandler"):
+            try:
+                exec(attempt)
+            except ImportError as error:
+                print(error)
+        """,
+        without=("ignite",),
+    )
+    first, second = found.splitlines()
+    assert first == second
+    assert "pip install pytorch-ignite" in first
+    assert "ema_triton.ModelEMA" in first
+
+
+def test_without_ignite_the_handler_is_listed_all_the_same() -> None:
+    assert run("import ema_triton; print('EMAHandler' in ema_triton.__all__)") == "True"
+    with pytest.raises(AssertionError, match="has no attribute 'EMAHandle'"):
+        run("import ema_triton; ema_triton.EMAHandle")
+
+
+def test_imports_go_down_the_floors() -> None:
+    floors = [
+        {"schedules", "kernels", "pairs"},
+        {"plan"},
+        {"reference", "launch"},
+        {"backend"},
+        {"model_ema"},
+        {"handler"},
+    ]
+    import ast
+    from pathlib import Path
+
+    package = Path(__file__).parent.parent / "ema_triton"
+    order = {name: floor for floor, names in enumerate(floors) for name in names}
+    files = {file.stem for file in package.glob("*.py")} - {"__init__"}
+    assert files == set(order)
+    for name in files:
+        imported = {
+            node.module
+            for node in ast.walk(ast.parse((package / f"{name}.py").read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+        }
+        imported |= {
+            f"ema_triton.{alias.name}"
+            for node in ast.walk(ast.parse((package / f"{name}.py").read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module == "ema_triton"
+            for alias in node.names
+        }
+        for module in imported:
+            if module.startswith("ema_triton."):
+                below = module.removeprefix("ema_triton.")
+                # launch hands what the kernel cannot take to its neighbour, the reference path.
+                neighbours = (name, below) == ("launch", "reference")
+                assert order[below] < order[name] or neighbours, f"{name} imports {below}"
+        assert not any(m.startswith("ignite") for m in imported) or name == "handler"
+        assert not any(m.startswith("triton") for m in imported) or name in ("kernels", "launch")
