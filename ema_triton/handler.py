@@ -256,9 +256,9 @@ class EMAHandler:
 
     def _update(self, engine: Engine, name: str) -> None:
         momentum = _momentum_from(self.schedule, self.update_index + 1)
-        shown = getattr(engine.state, name, self._written)
+        shown: Any = getattr(engine.state, name, self._written)
         if isinstance(self.schedule, Constant) and not self._wrote(shown):
-            momentum = shown
+            momentum = shown  # ModelEMA.update checks it
         else:
             self._write(engine, name, momentum)
         self.ema.update(momentum)
@@ -317,11 +317,11 @@ def _check_schedule(
 
 
 def _momentum_from(schedule: Schedule, update_index: int) -> float:
-    momentum = schedule(update_index)
+    momentum: Any = schedule(update_index)
     number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
     if not number or not 0 <= momentum <= 1:
         raise ValueError(
             f"Invalid momentum: {momentum!r}, from the schedule at update {update_index}. A "
             "schedule gives the weight of the online weights (1 - decay), in [0, 1]."
         )
-    return momentum
+    return float(momentum)

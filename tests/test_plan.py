@@ -1,6 +1,7 @@
 """The flat EMA side, the chunk table, and the watch that notices what moved."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_every_ema_tensor_is_an_aligned_view_of_one_buffer() -> None:
         assert tensor.untyped_storage().data_ptr() == storage
         assert tensor.data_ptr() % ALIGNMENT == 0
     ranges = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in tensors)
-    assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
 
 def test_ema_tensors_have_the_online_strides() -> None:
