@@ -65,8 +65,7 @@ class EMAHandler:
 
     Attributes:
         ema: The `ModelEMA`.
-        momentum, momentum_warmup, warmup_iters: As given; None where `schedule` takes their place.
-        schedule: What gives the momentum.
+        schedule: What gives the momentum; may be assigned.
         update_index: The number of updates made.
 
     Raises:
@@ -104,15 +103,11 @@ class EMAHandler:
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
     ) -> None:
-        self.momentum: float | None = momentum
-        self.momentum_warmup = momentum_warmup
-        self.warmup_iters = warmup_iters
         if schedule is None:
-            self.schedule = _schedule_from_arguments(momentum, momentum_warmup, warmup_iters)
+            schedule = _schedule_from_arguments(momentum, momentum_warmup, warmup_iters)
         else:
             _check_schedule(schedule, momentum, momentum_warmup, warmup_iters)
-            self.momentum = None
-            self.schedule = schedule
+        self.schedule = schedule
         self.update_index = 0
         self.ema = ModelEMA(
             model, handle_buffers=handle_buffers, backend=backend, ema_dtype=ema_dtype
@@ -134,6 +129,21 @@ class EMAHandler:
     def handle_buffers(self) -> str:
         """How buffers are handled."""
         return self.ema.handle_buffers
+
+    @property
+    def momentum(self) -> float | None:
+        """The schedule's momentum, after the warm-up; None for a schedule without such a field."""
+        return getattr(self.schedule, "momentum", None)
+
+    @property
+    def momentum_warmup(self) -> float | None:
+        """The first update's momentum; None without warm-up."""
+        return getattr(self.schedule, "momentum_warmup", None)
+
+    @property
+    def warmup_iters(self) -> int | None:
+        """The updates until `momentum` is reached; None without warm-up."""
+        return getattr(self.schedule, "warmup_iters", None)
 
     @property
     def momentum_scheduler(self) -> Schedule:
@@ -235,7 +245,7 @@ class EMAHandler:
                 "handler.ema_model.load_state_dict(weights)."
             )
         update_index = state_dict["update_index"]
-        if not isinstance(update_index, int) or update_index < 0:
+        if type(update_index) is not int or update_index < 0:
             raise ValueError(
                 f"The state's update_index must be the number of updates made, but is "
                 f"{update_index!r}. The checkpoint is damaged."

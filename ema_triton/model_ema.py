@@ -10,6 +10,7 @@ import logging
 import numbers
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,10 +170,11 @@ class ModelEMA:
         # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
         # from one among others by that name.
         weights = self.ema_model.state_dict()
-        return {
-            "version": STATE_VERSION,
-            "weights": {clean_name(name): value for name, value in weights.items()},
-        }
+        clean: Any = OrderedDict((clean_name(name), value) for name, value in weights.items())
+        # The modules' versions, which nn.Module.load_state_dict looks for.
+        metadata = getattr(weights, "_metadata", {})
+        clean._metadata = {clean_name(name): value for name, value in metadata.items()}
+        return {"version": STATE_VERSION, "weights": clean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; values are converted to the EMA model's dtypes.
@@ -195,13 +197,17 @@ class ModelEMA:
             elif value.shape != mine.shape:
                 shapes = f"{tuple(value.shape)} in the state but {tuple(mine.shape)} here"
                 problems.append(f"'{name}' is {shapes}")
+            elif value.is_complex() != mine.is_complex():
+                problems.append(f"'{name}' is {value.dtype} in the state but {mine.dtype} here")
         if problems:
             more = f" and {len(problems) - 10} more problems" if len(problems) > 10 else ""
             raise ValueError(
                 f"The state does not fit this EMA model: {', '.join(problems[:10])}{more}. Nothing "
                 "was loaded. Load it into the EMA of a model like the one it was saved from."
             )
-        self.ema_model.load_state_dict({names[name]: value for name, value in weights.items()})
+        loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
+        loaded._metadata = getattr(weights, "_metadata", None)
+        self.ema_model.load_state_dict(loaded)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""

@@ -2,7 +2,8 @@
 
 The momentum is the weight of the new value, 1 - decay. Any function will do as a schedule; these
 are the field's, frozen, so that they compare and print. Where 1 - decay would cancel digits, the
-momentum is computed directly.
+momentum is computed directly. Numbers become plain floats and ints at construction, so that a
+saved schedule is plain data whatever it was made of.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 Schedule = Callable[[int], float]
@@ -35,7 +36,7 @@ class Constant:
     momentum: float
 
     def __post_init__(self) -> None:
-        _check_fraction("momentum", self.momentum)
+        _check_fraction(self, "momentum")
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
@@ -54,7 +55,8 @@ class LinearWarmup:
     Args:
         momentum_warmup: :math:`\lambda_1`, the first update's momentum, in [0, 1].
         momentum: :math:`\lambda`, in [0, 1], reached at update `warmup_iters`.
-        warmup_iters: :math:`n`, in updates, at least 1.
+        warmup_iters: :math:`n`, in updates, at least 1. With 1, the second update already has
+            :math:`\lambda`.
 
     Raises:
         ValueError: A value is out of its range.
@@ -71,17 +73,20 @@ class LinearWarmup:
     warmup_iters: int
 
     def __post_init__(self) -> None:
-        _check_fraction("momentum", self.momentum)
-        _check_fraction("momentum_warmup", self.momentum_warmup)
-        _check_count("warmup_iters", self.warmup_iters)
+        _check_fraction(self, "momentum")
+        _check_fraction(self, "momentum_warmup")
+        _check_count(self, "warmup_iters")
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
         _check_index(update_index)
         if update_index >= max(2, self.warmup_iters):
             return self.momentum
-        passed = (update_index - 1) / max(1, self.warmup_iters - 1)
-        return self.momentum_warmup + (self.momentum - self.momentum_warmup) * passed
+        # Ignite's order of operations, and its bound: a rounded sum could pass the end.
+        change = (self.momentum - self.momentum_warmup) * (update_index - 1)
+        momentum = self.momentum_warmup + change / max(1, self.warmup_iters - 1)
+        low, high = sorted((self.momentum_warmup, self.momentum))
+        return min(max(momentum, low), high)
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ class InverseDecay:
     .. math:: decay_t = clip(1 - (1 + (t - 1) / \gamma)^{-p},\ min,\ max)
 
     With a minimum of 0 the first update copies the online weights. Source: the warm-up of timm's
-    `ModelEmaV3`, of ema-pytorch's `EMA` and of diffusers' `EMAModel` (`use_ema_warmup`); all three
-    subtract one from their count of updates.
+    `ModelEmaV3`, of ema-pytorch's `EMA` and of diffusers' `EMAModel` (`use_ema_warmup`). All three
+    subtract one from their count of updates; their first update is a copy whatever the minimum.
 
     Args:
         gamma: :math:`\gamma > 0`, in updates: how many pass before the decay starts to rise.
@@ -116,12 +121,10 @@ class InverseDecay:
     max_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        _check_positive("gamma", self.gamma, "a scale in updates")
-        _check_positive(
-            "power", self.power, "an exponent, and without it the decay would never rise"
-        )
-        _check_fraction("min_decay", self.min_decay)
-        _check_fraction("max_decay", self.max_decay)
+        _check_positive(self, "gamma", "a scale in updates")
+        _check_positive(self, "power", "an exponent, and without it the decay would never rise")
+        _check_fraction(self, "min_decay")
+        _check_fraction(self, "max_decay")
         if self.min_decay > self.max_decay:
             raise ValueError(
                 f"Invalid min_decay: {self.min_decay}, above max_decay={self.max_decay}, so no "
@@ -160,7 +163,7 @@ class CountWarmup:
     decay: float
 
     def __post_init__(self) -> None:
-        _check_fraction("decay", self.decay)
+        _check_fraction(self, "decay")
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
@@ -194,8 +197,8 @@ class ExponentialRamp:
     tau: float = 2000
 
     def __post_init__(self) -> None:
-        _check_fraction("decay", self.decay)
-        _check_positive("tau", self.tau, "a time constant in updates")
+        _check_fraction(self, "decay")
+        _check_positive(self, "tau", "a time constant in updates")
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
@@ -230,15 +233,16 @@ class CosineRamp:
     updates: int
 
     def __post_init__(self) -> None:
-        _check_fraction("base_decay", self.base_decay)
-        _check_count("updates", self.updates)
+        _check_fraction(self, "base_decay")
+        _check_count(self, "updates")
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
         _check_index(update_index)
-        passed = min(update_index - 1, self.updates) / self.updates
-        # (cos(pi x) + 1) / 2, which near x = 1 would lose its digits.
-        return (1 - self.base_decay) * math.sin(math.pi * (1 - passed) / 2) ** 2
+        # (cos(pi x) + 1) / 2 = sin(pi (1 - x) / 2)^2, which keeps its digits near x = 1, where the
+        # difference must be taken between integers.
+        left = max(0, self.updates - (update_index - 1)) / self.updates
+        return (1 - self.base_decay) * math.sin(math.pi * left / 2) ** 2
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,9 @@ class HalfLife:
     .. math:: decay = 2^{-every / half\_life}
 
     The half-life is in the trainer's steps, so updating every so many steps does not change it.
-    Source: Karras et al. 2024, https://arxiv.org/abs/2312.02696, and MosaicML's Composer.
+    Source: `TraditionalEMA` in the code of Karras et al. 2024, "Analyzing and Improving the
+    Training Dynamics of Diffusion Models", https://arxiv.org/abs/2312.02696, less its ramp-up; and
+    the `EMA` of MosaicML's Composer.
 
     Args:
         half_life: In steps of the trainer, above 0.
@@ -267,8 +273,8 @@ class HalfLife:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive("half_life", self.half_life, "a number of steps")
-        _check_count("every", self.every)
+        _check_positive(self, "half_life", "a number of steps")
+        _check_count(self, "every")
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
@@ -291,7 +297,12 @@ _SCHEDULES = {
 
 
 def schedule_to_state(schedule: Schedule) -> dict[str, Any] | None:
-    """The schedule as a dict of plain values; None for a function that is not one of these."""
+    """The schedule as a dict of plain values; None for a function that is not one of these.
+
+    Example:
+        >>> schedule_to_state(Constant(0.1))
+        {'name': 'Constant', 'momentum': 0.1}
+    """
     name = type(schedule).__name__
     if type(schedule) is not _SCHEDULES.get(name):
         return None
@@ -303,15 +314,20 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
 
     Raises:
         ValueError: The name or a field is unknown or missing, or a value invalid.
+
+    Example:
+        >>> schedule_from_state({"name": "HalfLife", "half_life": 1000.0, "every": 4})
+        HalfLife(half_life=1000.0, every=4)
     """
-    fields = dict(state) if isinstance(state, Mapping) else {"name": state}
-    kind = _SCHEDULES.get(str(fields.pop("name", None)))
-    try:
-        if kind is not None:
-            return kind(**fields)
-        problem = f"its name is not one of {', '.join(_SCHEDULES)}"
-    except (TypeError, ValueError) as error:
-        problem = str(error)
+    values = dict(state) if isinstance(state, Mapping) else {"name": state}
+    kind = _SCHEDULES.get(str(values.pop("name", None)))
+    problem = f"its name is not one of {', '.join(_SCHEDULES)}"
+    if kind is not None:
+        try:
+            return kind(**values)
+        except (TypeError, ValueError) as error:
+            known = ", ".join(field.name for field in fields(kind))
+            problem = f"{error} (the fields of {kind.__name__} are: {known})"
     raise ValueError(
         f"The saved schedule {state!r} cannot be restored: {problem}. It was written by another "
         "release, or is damaged."
@@ -319,6 +335,11 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
 
 
 def _check_index(update_index: int) -> None:
+    if type(update_index) is not int:
+        raise TypeError(
+            f"Invalid update index: {update_index!r}, a {type(update_index).__name__}. Updates are "
+            "counted, from 1: give an int."
+        )
     if update_index < 1:
         raise ValueError(
             f"Invalid update index: {update_index}. Updates are counted from 1: the first update's "
@@ -326,28 +347,38 @@ def _check_index(update_index: int) -> None:
         )
 
 
-def _check_number(name: str, value: object) -> float:
+def _check_number(schedule: object, name: str) -> float:
+    value = getattr(schedule, name)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"Invalid {name}: {value!r}, a {type(value).__name__}. A schedule computes with it: "
             "give a number."
         )
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    object.__setattr__(schedule, name, number)
+    return number
 
 
-def _check_fraction(name: str, value: object) -> None:
-    if not 0 <= _check_number(name, value) <= 1:
+def _check_fraction(schedule: object, name: str) -> None:
+    value = getattr(schedule, name)
+    if not 0 <= _check_number(schedule, name) <= 1:
         raise ValueError(
-            f"Invalid {name}: {value}. Outside [0, 1] the EMA diverges: give a value in [0, 1]."
+            f"Invalid {name}: {value}. Outside [0, 1] the EMA is no average of the weights and may "
+            "diverge: give a value in [0, 1]."
         )
 
 
-def _check_positive(name: str, value: object, meaning: str) -> None:
-    if not 0 < _check_number(name, value) < math.inf:
+def _check_positive(schedule: object, name: str, meaning: str) -> None:
+    value = getattr(schedule, name)
+    if not 0 < _check_number(schedule, name) < math.inf:
         raise ValueError(f"Invalid {name}: {value}. It is {meaning}: give a finite value above 0.")
 
 
-def _check_count(name: str, value: object) -> None:
+def _check_count(schedule: object, name: str) -> None:
+    value = getattr(schedule, name)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
@@ -355,3 +386,4 @@ def _check_count(name: str, value: object) -> None:
         )
     if value < 1:
         raise ValueError(f"Invalid {name}: {value}. It counts updates or steps: give at least 1.")
+    object.__setattr__(schedule, name, int(value))

@@ -286,7 +286,7 @@ def test_parity_of_two_handlers_on_one_engine() -> None:
 
 
 def test_parity_under_data_parallel() -> None:
-    spec = Attached(WARMUPS["down"] | {"handle_buffers": "update"}, wrap=DataParallel)
+    spec = Attached(WARMUPS["down"] | {"handle_buffers": "update"}, wrap=data_parallel)
     ours = train(EMAHandler, spec)
     assert_parity(ours, train(IgniteHandler, spec))
     assert isinstance(ours.attached[0].handler.ema_model, DataParallel)
@@ -1157,6 +1157,11 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def data_parallel(model: nn.Module) -> nn.Module:
+    """On one GPU, or on the CPU."""
+    return DataParallel(model, device_ids=[0] if torch.cuda.is_available() else None)
+
+
 def compiled(model: nn.Module) -> nn.Module:
     wrapped = torch.compile(model, backend="eager")
     assert isinstance(wrapped, OptimizedModule)
@@ -1169,9 +1174,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,
     "ddp of compiled": lambda model: DistributedDataParallel(compiled(model)),
     "compiled ddp": lambda model: compiled(DistributedDataParallel(model)),
-    "dp": DataParallel,
-    "dp of compiled": lambda model: DataParallel(compiled(model)),
-    "compiled dp": lambda model: compiled(DataParallel(model)),
+    "dp": data_parallel,
+    "dp of compiled": lambda model: data_parallel(compiled(model)),
+    "compiled dp": lambda model: compiled(data_parallel(model)),
 }
 
 
@@ -1190,7 +1195,7 @@ def test_wrappers_are_taken_off(wrapper: str) -> None:
     modules = [type(module) for module in online.modules()]
     handler = EMAHandler(online, 0.25, handle_buffers="update")
     parallel = "dp" in wrapper.split()
-    expected = list((DataParallel(network()) if parallel else network()).state_dict())
+    expected = list((data_parallel(network()) if parallel else network()).state_dict())
     assert list(handler.ema_model.state_dict()) == expected
     assert isinstance(handler.ema_model, DataParallel) is parallel
     assert not any(

@@ -310,6 +310,25 @@ def test_state_round_trip() -> None:
     assert torch.equal(other.ema_model.frozen, ema.ema_model.frozen)
 
 
+def test_the_state_keeps_the_modules_versions() -> None:
+    class Versioned(nn.Linear):
+        _version = 2
+        seen: list[int | None]
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest) -> None:
+            self.seen.append(metadata.get("version"))
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    model = nn.Sequential(Versioned(2, 2))
+    Versioned.seen = []
+    ema = ModelEMA(model)
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    ema.load_state_dict(torch.load(file, weights_only=True))
+    assert Versioned.seen == [2]
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -320,6 +339,10 @@ def test_state_round_trip() -> None:
             r"'bias' is \(7,\) in the state but \(2,\) here",
         ),
         (lambda s: s["weights"].update(bias="x"), "'bias' is a str, not a tensor"),
+        (
+            lambda s: s["weights"].update(bias=torch.ones(2, dtype=torch.complex64)),
+            "'bias' is torch.complex64 in the state but torch.float32 here",
+        ),
         (
             lambda s: s.pop("weights"),
             r"must be what ModelEMA.state_dict\(\) returned, with 'version' and 'weights'",

@@ -1,6 +1,5 @@
 """The handler's documented examples, run as written there with their blanks filled in."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,16 +217,11 @@ def test_one_model_resumed(tmp_path: Path) -> None:
     assert not torch.equal(again.handler.ema_model.weight, before["weight"])
     assert torch.equal(weights(first.handler.ema_model)["weight"], before["weight"])
 
-    # The online weights went on as in an uncut training, from those of the checkpoint.
+    # The online weights went on as those of an uncut training, which starts from the same seed.
     torch.manual_seed(0)
     uncut = run_first_example(tmp_path / "uncut", EPOCHS, **FASTER)
-    other = torch.load(tmp_path / "uncut" / "checkpoint_10.pt", weights_only=True)
-    same_start = torch.equal(
-        other["model"]["weight"],
-        torch.load(tmp_path / "checkpoint_10.pt", weights_only=True)["model"]["weight"],
-    )
-    assert same_start
     assert torch.equal(uncut.model.weight, again.model.weight)
+    assert not torch.equal(first.model.weight, again.model.weight)
 
 
 # --- Generator and discriminator on one trainer ------------------------------------------------
@@ -324,7 +318,7 @@ def test_the_shadow_notices_a_missed_update() -> None:
     model = nn.Linear(2, 1)
     handler = EMAHandler(model)
     shadow = Shadow(weights(handler.ema_model))
-    engine = Engine(lambda engine, batch: model.weight.data.add_(random.Random(0).random() + 0.5))
+    engine = Engine(lambda engine, batch: model.weight.data.add_(0.7))
     handler.attach(engine)
     engine.add_event_handler(
         Events.ITERATION_COMPLETED, lambda: shadow.update(weights(model), 0.0002)

@@ -1,0 +1,52 @@
+"""What is written for users runs: the README's blocks, the docstrings' examples."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["schedules", "model_ema", "handler"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    if name == "handler":
+        pytest.importorskip("ignite")
+    module = importlib.import_module(f"ema_triton.{name}")
+    result = doctest.testmod(module, extraglobs={"torch": importlib.import_module("torch")})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_public_class_has_an_example() -> None:
+    pytest.importorskip("ignite")
+    import ema_triton
+
+    for name in ema_triton.__all__:
+        assert ">>>" in getattr(ema_triton, name).__doc__, name
+
+
+def test_readme_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ignite")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block.replace("/tmp/ema_triton_readme", str(tmp_path)), names)
+    assert "foreach - " in capsys.readouterr().out or names["ema"].backend == "triton"
+    names["saver"](names["trainer"])
+    assert [file.suffix for file in tmp_path.iterdir()] == [".pt"]
+    assert names["handler"].update_index == 10
+
+
+def test_readme_names_every_schedule_and_backend() -> None:
+    import ema_triton
+    from ema_triton.backend import BACKENDS
+
+    readme = (ROOT / "README.md").read_text()
+    schedules = set(ema_triton.__all__) - {"EMAHandler", "ModelEMA"}
+    for name in [*schedules, *BACKENDS]:
+        assert name in readme, name
