@@ -527,6 +527,17 @@ def test_two_warmups_are_apart() -> None:
     assert "ema_momentum" not in state
 
 
+def test_two_warmups_under_one_name_are_apart() -> None:
+    first, second = EMAHandler(unit_model(), 0.1, 0.5, 5), EMAHandler(unit_model(), 0.3, 0.0, 3)
+    engine, used = probing_engine(first, second)
+    first.attach(engine)
+    with pytest.warns(UserWarning, match="Attribute 'ema_momentum' already exists"):
+        second.attach(engine)
+    engine.run(range(7))
+    assert used[0] == same(linear(0.5, 0.1, 5, 7))
+    assert used[1] == same(linear(0.0, 0.3, 3, 7))
+
+
 @control
 def test_control_ignite_mixes_two_warmups_up() -> None:
     with pytest.warns(UserWarning, match="is not defined"):
@@ -1318,6 +1329,18 @@ def test_a_changed_shape_is_an_error_naming_it(
     assert handler.update_index == 1
 
 
+def test_a_failed_update_leaves_the_shown_momentum() -> None:
+    model = nn.Linear(4, 3)
+    handler = EMAHandler(model, 0.5, 0.25, 3)
+    engine = Engine(lambda engine, batch: with_shape(model) if batch == 1 else None)
+    handler.attach(engine)
+    engine.run([0])
+    assert engine.state.ema_momentum == 0.25
+    with pytest.raises(ValueError, match="weight"):
+        engine.run([1])
+    assert engine.state.ema_momentum == 0.25  # 0.375 is that of an update that was not made
+
+
 @control
 def test_control_ignite_swallows_a_changed_buffer() -> None:
     model = nn.Linear(4, 3)
@@ -1485,7 +1508,7 @@ def test_a_frozen_parameter_is_averaged() -> None:
 
 
 @dataclass
-class Session:
+class Script:
     """All that a training script sets up."""
 
     model: nn.Module
@@ -1506,7 +1529,7 @@ class Session:
         self.trainer.run(batches(), max_epochs=epochs)
 
 
-def session(seed: int, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Session:
+def script(seed: int, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Script:
     torch.manual_seed(seed)
     model = network().to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
@@ -1522,23 +1545,23 @@ def session(seed: int, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Ses
 
     trainer = Engine(step)
     to_save = {"model": model, "optimizer": optimizer, "trainer": trainer, "ema": handler}
-    return Session(model, optimizer, handler, trainer, [], to_save)
+    return Script(model, optimizer, handler, trainer, [], to_save)
 
 
-def save(session: Session, folder: Path, keys: list[str] | None = None) -> Path:
-    to_save = {key: session.to_save[key] for key in keys or session.to_save}
+def save(script: Script, folder: Path, keys: list[str] | None = None) -> Path:
+    to_save = {key: script.to_save[key] for key in keys or script.to_save}
     checkpoint = Checkpoint(
         to_save,
         DiskSaver(str(folder), create_dir=True, require_empty=False),
         global_step_transform=lambda engine, event: engine.state.iteration,
     )
-    checkpoint(session.trainer)
+    checkpoint(script.trainer)
     return folder / str(checkpoint.last_checkpoint)
 
 
-def resume(session: Session, path: Path, keys: list[str] | None = None) -> None:
+def resume(script: Script, path: Path, keys: list[str] | None = None) -> None:
     state = torch.load(path, weights_only=True)
-    to_load = {key: session.to_save[key] for key in keys or session.to_save}
+    to_load = {key: script.to_save[key] for key in keys or script.to_save}
     Checkpoint.load_objects(to_load=to_load, checkpoint=state)
 
 
@@ -1566,16 +1589,16 @@ RESUMED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("attach_first", [False, True])
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_cut_run_equals_an_uncut_one(case: str, attach_first: bool, tmp_path: Path) -> None:
-    uncut = session(0, **RESUMED[case])
+    uncut = script(0, **RESUMED[case])
     uncut.attach()
     uncut.run(3)
     assert len(uncut.momenta) == 3 * BATCHES
 
-    first = session(0, **RESUMED[case])
+    first = script(0, **RESUMED[case])
     first.attach()
     first.run(1)
     path = save(first, tmp_path)
-    second = session(99, **RESUMED[case])
+    second = script(99, **RESUMED[case])
     if attach_first:
         second.attach()
     resume(second, path)
@@ -1592,13 +1615,13 @@ def test_a_cut_run_equals_an_uncut_one(case: str, attach_first: bool, tmp_path: 
 
 
 def test_the_cut_is_noticed_without_the_handlers_state(tmp_path: Path) -> None:
-    uncut = session(0, **RESUMED["warm-up"])
+    uncut = script(0, **RESUMED["warm-up"])
     uncut.attach()
     uncut.run(3)
-    first = session(0, **RESUMED["warm-up"])
+    first = script(0, **RESUMED["warm-up"])
     first.attach()
     first.run(1)
-    second = session(99, **RESUMED["warm-up"])
+    second = script(99, **RESUMED["warm-up"])
     resume(second, save(first, tmp_path), ["model", "optimizer", "trainer"])
     second.attach()
     second.run(3)
@@ -1624,12 +1647,12 @@ def test_control_ignites_warmup_restarts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["ema", "ema_handler", "handler", "ema_model"])
 def test_the_handler_alone_in_a_checkpoint(key: str, tmp_path: Path) -> None:
     # Of a single object, Ignite saves the state itself, and looks for the key in it when loading.
-    first = session(0, momentum=0.3)
+    first = script(0, momentum=0.3)
     first.attach()
     first.run(1)
     first.to_save[key] = first.handler
     path = save(first, tmp_path, [key])
-    second = session(1, momentum=0.3)
+    second = script(1, momentum=0.3)
     second.to_save[key] = second.handler
     resume(second, path, [key])
     assert changed(values(first.handler.ema_model), second.handler.ema_model) == []
@@ -1638,12 +1661,12 @@ def test_the_handler_alone_in_a_checkpoint(key: str, tmp_path: Path) -> None:
 
 
 def test_a_state_is_independent_once_saved(tmp_path: Path) -> None:
-    first = session(0, momentum=0.3)
+    first = script(0, momentum=0.3)
     first.attach()
     first.run(1)
     path = tmp_path / "ema.pt"
     torch.save(first.handler.state_dict(), path)
-    second = session(1, momentum=0.3)
+    second = script(1, momentum=0.3)
     second.handler.load_state_dict(torch.load(path, weights_only=True))
     before = values(second.handler.ema_model)
     first.run(2)
@@ -1652,7 +1675,7 @@ def test_a_state_is_independent_once_saved(tmp_path: Path) -> None:
 
 
 def test_loading_a_state_directly_does_not_tie_two_handlers() -> None:
-    first, second = session(0, momentum=0.3), session(1, momentum=0.3)
+    first, second = script(0, momentum=0.3), script(1, momentum=0.3)
     second.handler.load_state_dict(first.handler.state_dict())
     before = values(second.handler.ema_model)
     assert changed(values(first.handler.ema_model), second.handler.ema_model) == []
@@ -1674,10 +1697,10 @@ def test_loading_a_state_directly_does_not_tie_two_handlers() -> None:
 def test_the_saved_schedule_wins_with_a_warning(
     saved: Callable[[int], float], other: Callable[[int], float], attach_first: bool
 ) -> None:
-    first = session(0, schedule=saved)
+    first = script(0, schedule=saved)
     first.attach()
     first.run(1)
-    second = session(0, schedule=other)
+    second = script(0, schedule=other)
     if attach_first:
         second.attach()
     with pytest.warns(UserWarning, match="schedule") as caught:
@@ -1690,8 +1713,8 @@ def test_the_saved_schedule_wins_with_a_warning(
 
 
 def test_arguments_that_mean_the_same_do_not_warn() -> None:
-    first = session(0, momentum=0.1, momentum_warmup=0.9, warmup_iters=7)
-    second = session(0, schedule=LinearWarmup(0.9, 0.1, 7))
+    first = script(0, momentum=0.1, momentum_warmup=0.9, warmup_iters=7)
+    second = script(0, schedule=LinearWarmup(0.9, 0.1, 7))
     second.handler.load_state_dict(first.handler.state_dict())
     assert second.handler.schedule == first.handler.schedule
 
@@ -1700,11 +1723,11 @@ def test_a_function_is_not_saved_but_its_index_is(tmp_path: Path) -> None:
     def schedule(index: int) -> float:
         return 1 / (1 + index)
 
-    first = session(0, schedule=schedule)
+    first = script(0, schedule=schedule)
     first.attach()
     first.run(1)
     path = save(first, tmp_path)
-    second = session(1, schedule=schedule)
+    second = script(1, schedule=schedule)
     resume(second, path)
     second.attach()
     second.run(2)
@@ -1729,10 +1752,10 @@ def missing_name(state: Any) -> Any:
 
 @pytest.mark.parametrize("damage", [wrong_shape, missing_name])
 def test_a_state_that_does_not_fit_names_the_tensor(damage: Callable[[Any], Any]) -> None:
-    first = session(0, schedule=LinearWarmup(0.9, 0.1, 7))
+    first = script(0, schedule=LinearWarmup(0.9, 0.1, 7))
     first.attach()
     first.run(1)
-    second = session(1, schedule=LinearWarmup(0.9, 0.1, 7))
+    second = script(1, schedule=LinearWarmup(0.9, 0.1, 7))
     state = damage(first.handler.state_dict())
     before = values(second.handler.ema_model)
     with pytest.raises(ValueError, match=r"3\.weight"):
@@ -1743,13 +1766,13 @@ def test_a_state_that_does_not_fit_names_the_tensor(damage: Callable[[Any], Any]
 
 
 def test_no_part_of_a_damaged_state_is_loaded() -> None:
-    first = session(0, schedule=Constant(0.3))
+    first = script(0, schedule=Constant(0.3))
     first.attach()
     first.run(1)
     whole = first.handler.state_dict()
     assert len(whole) >= 3
     for key in whole:
-        second = session(1, schedule=Constant(0.7))
+        second = script(1, schedule=Constant(0.7))
         before = values(second.handler.ema_model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1771,7 +1794,7 @@ def test_something_else_is_not_a_state(state: dict[str, Any]) -> None:
 
 def test_checkpoints_during_a_run(tmp_path: Path) -> None:
     """Ignite's own way: a Checkpoint attached to the trainer, written while training goes on."""
-    uncut = session(0, **RESUMED["update"])
+    uncut = script(0, **RESUMED["update"])
     uncut.attach()
     uncut.trainer.add_event_handler(
         Events.EPOCH_COMPLETED,
@@ -1786,7 +1809,7 @@ def test_checkpoints_during_a_run(tmp_path: Path) -> None:
     paths = sorted(tmp_path.glob("*.pt"))
     assert len(paths) == 3
     for epoch, path in enumerate(paths, start=1):
-        again = session(99, **RESUMED["update"])
+        again = script(99, **RESUMED["update"])
         resume(again, path)
         again.attach()
         if epoch < 3:
