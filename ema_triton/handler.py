@@ -22,6 +22,7 @@ try:
         Events,
         EventsList,
         RemovableEventHandle,
+        State,
     )
 except ImportError as error:
     raise ImportError(
@@ -40,6 +41,8 @@ from ema_triton.schedules import (
 )
 
 DEFAULT_MOMENTUM = 0.0002
+
+_ENGINE_STATE = {*vars(State()), *State.event_to_attr.values()}
 
 
 class EMAHandler:
@@ -103,10 +106,15 @@ class EMAHandler:
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
     ) -> None:
+        given = (momentum, momentum_warmup, warmup_iters)
         if schedule is None:
-            schedule = _schedule_from_arguments(momentum, momentum_warmup, warmup_iters)
-        else:
-            _check_schedule(schedule, momentum, momentum_warmup, warmup_iters)
+            schedule = _schedule_from_arguments(*given)
+        elif given != (DEFAULT_MOMENTUM, None, None):
+            raise ValueError(
+                f"Both schedule={schedule} and momentum={momentum}, momentum_warmup="
+                f"{momentum_warmup}, warmup_iters={warmup_iters} were given, and only one can "
+                "decide. Give the schedule alone, or those alone."
+            )
         self.schedule = schedule
         self.update_index = 0
         self.ema = ModelEMA(
@@ -129,6 +137,22 @@ class EMAHandler:
     def handle_buffers(self) -> str:
         """How buffers are handled."""
         return self.ema.handle_buffers
+
+    @property
+    def schedule(self) -> Schedule:
+        """The function from the update index to the momentum."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if not callable(schedule):
+            raise TypeError(
+                f"schedule must be a function from the update index to the momentum, but got "
+                f"{schedule!r}. Give one of ema_triton.schedules, e.g. HalfLife(1000), or a "
+                "function of your own."
+            )
+        _momentum_from(schedule, 1)
+        self._schedule = schedule
 
     @property
     def momentum(self) -> float | None:
@@ -175,12 +199,22 @@ class EMAHandler:
 
         Raises:
             RuntimeError: The handler is attached to this engine already.
-            ValueError: The engine does not have the event.
+            TypeError: This is not an engine.
+            ValueError: The engine does not have the event, or keeps something else by the name.
         """
         if engine in self._handles:
             raise RuntimeError(
                 "This EMAHandler is attached to this engine already; attached twice, it would "
                 "update twice per event. Call detach() first to attach it differently."
+            )
+        if not isinstance(engine, Engine):
+            raise TypeError(
+                f"engine must be an Ignite Engine, the trainer, but got {type(engine).__name__}."
+            )
+        if name in _ENGINE_STATE:
+            raise ValueError(
+                f"The engine itself keeps something in engine.state.{name}, which the momentum "
+                "would overwrite. Choose another name, e.g. 'ema_momentum'."
             )
         exists = hasattr(engine.state, name)
         shown = getattr(engine.state, name, None)
@@ -268,10 +302,10 @@ class EMAHandler:
         momentum = _momentum_from(self.schedule, self.update_index + 1)
         shown: Any = getattr(engine.state, name, self._written)
         if isinstance(self.schedule, Constant) and not self._wrote(shown):
-            momentum = shown  # ModelEMA.update checks it
+            self.ema.update(shown)
         else:
+            self.ema.update(momentum)
             self._write(engine, name, momentum)
-        self.ema.update(momentum)
         self.update_index += 1
 
     def _write(self, engine: Engine, name: str, momentum: float) -> None:
@@ -306,24 +340,6 @@ def _schedule_from_arguments(
             stacklevel=3,
         )
     return constant
-
-
-def _check_schedule(
-    schedule: object, momentum: object, momentum_warmup: object, warmup_iters: object
-) -> None:
-    if (momentum, momentum_warmup, warmup_iters) != (DEFAULT_MOMENTUM, None, None):
-        raise ValueError(
-            f"Both a schedule ({schedule}) and momentum={momentum}, momentum_warmup="
-            f"{momentum_warmup}, warmup_iters={warmup_iters} were given, and only one can decide. "
-            "Give the schedule alone, or those alone."
-        )
-    if not callable(schedule):
-        raise TypeError(
-            f"schedule must be a function from the update index to the momentum, but got "
-            f"{schedule!r}. Give one of ema_triton.schedules, e.g. HalfLife(1000), or a function "
-            "of your own."
-        )
-    _momentum_from(schedule, 1)
 
 
 def _momentum_from(schedule: Schedule, update_index: int) -> float:

@@ -297,8 +297,10 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise RuntimeError(
-            f"The model cannot be copied to make an EMA model ({error}). Build the EMA before the "
-            "first forward pass, or give ModelEMA an ema_model, another instance of the model."
+            f"The model cannot be copied to make an EMA model ({error}). Often a tensor that was "
+            "computed, and not a parameter, is an attribute of a module (after a forward pass, by "
+            "pruning, by the old weight_norm): build the EMA before, or give ModelEMA an "
+            "ema_model, another instance of the model."
         ) from error
 
 
