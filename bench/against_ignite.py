@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import ignite
 import torch
@@ -53,28 +54,36 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def interleaved(theirs: Callable[[], None], ours: Callable[[], None], block: int) -> list[float]:
+    """Median milliseconds per update of both, taking turns after every `block` updates."""
+    columns: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for update, column in zip((theirs, ours), columns, strict=True):
+            start = time.perf_counter()
+            for _ in range(block):
+                update()
+            column.append(1e3 * (time.perf_counter() - start) / block)
+    return [statistics.median(column) for column in columns]
+
+
 def main() -> None:
-    """Print the median of every pair of updates, and the median of their ratios."""
+    """Print a line per model, with blocks of 10 updates, and of 1, where each evicts the other."""
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"ignite {ignite.__version__}; medians of {ROUNDS} interleaved updates"
+        f"ignite {ignite.__version__}; milliseconds per update, medians of {ROUNDS} rounds"
     )
-    print(f"{'model':34s} {'Ignite':>10s} {'ours':>10s} {'ratio':>7s}")
+    print(f"{'model':34s} {'turns of':>8s} {'Ignite':>8s} {'ours':>8s} {'ratio':>7s}")
     for name, make in MODELS.items():
         model = make()
-        theirs, ours = IgniteHandler(model, momentum=0.1), ModelEMA(model)
+        handler, ema = IgniteHandler(model, momentum=0.1), ModelEMA(model)
         engine = Engine(lambda _engine, _batch: None)
         engine.state.momentum = 0.1
-        times: list[tuple[float, float]] = []
-        for _ in range(ROUNDS + 3):
-            start = time.perf_counter()
-            theirs._update_ema_model(engine, "momentum")
-            middle = time.perf_counter()
-            ours.update(0.1)
-            times.append((middle - start, time.perf_counter() - middle))
-        medians = [1e3 * statistics.median(column) for column in zip(*times[3:], strict=True)]
-        ratio = statistics.median(one / other for one, other in times[3:])
-        print(f"{name:34s} {medians[0]:7.2f} ms {medians[1]:7.2f} ms {ratio:6.1f}x")
+        theirs = partial(handler._update_ema_model, engine, "momentum")
+        ours = partial(ema.update, 0.1)
+        interleaved(theirs, ours, 1)
+        for block in (10, 1):
+            first, second = interleaved(theirs, ours, block)
+            print(f"{name:34s} {block:8d} {first:8.2f} {second:8.2f} {first / second:6.1f}x")
 
 
 if __name__ == "__main__":

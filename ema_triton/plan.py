@@ -203,7 +203,7 @@ def make_plan(
         check_averaged(pair)
 
     groups: dict[Key, list[Pair]] = {}
-    # Equal sizes side by side: the reference path gathers small ones at once.
+    # Small tensors first and side by side: the reference path gathers them.
     for pair in sorted(averaged, key=lambda pair: pair.online.numel()):
         if pair.online.numel():
             groups.setdefault(_key(pair, ema_dtype), []).append(pair)

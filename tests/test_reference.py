@@ -48,7 +48,7 @@ def test_one_dtype_is_one_foreach_call_and_no_allocation() -> None:
     with Recorder() as recorder:
         reference.update(plan, 0.25)
     assert recorder.calls.count("_foreach_lerp_") == 1
-    assert set(recorder.calls) == {"_foreach_lerp_", "cat"}  # cat gathers the nine of 64
+    assert set(recorder.calls) == {"_foreach_lerp_", "cat"}  # cat gathers the small ones
     assert recorder.largest == 0
     assert all(p.eq(0.25).all() for p in ema)
 
@@ -89,16 +89,26 @@ def test_gaps_and_mixed_dtypes_together_stay_bounded() -> None:
 
 
 def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    online = nn.ParameterList([torch.randn(64) for _ in range(20)])
+    sizes = [1, 2, 3, 5, 64, 2047, 2048, 2049] * 20
+    online = nn.ParameterList([torch.randn(size) for size in sizes])
     results = []
-    for many, gathered in ((20, True), (21, False)):
-        monkeypatch.setattr(reference, "MANY", many)
-        ema = nn.ParameterList([torch.zeros(64) for _ in range(20)])
+    for small, gathered in ((2048, 140), (0, 0)):
+        monkeypatch.setattr(reference, "SMALL", small)
+        ema = nn.ParameterList([torch.zeros(size) for size in sizes])
         plan = make_plan(online, ema, "copy")
         reference.update(plan, 0.3)
-        assert bool(reference._direct[plan.buckets[0]].gathers) == gathered
+        gathers = reference._direct[plan.buckets[0]].gathers
+        assert (
+            sum(
+                any(part is s for s in plan.buckets[0].sources)
+                for parts, _ in gathers
+                for part in parts
+            )
+            == gathered
+        )
+        assert all(len(whole) < reference.RUN for _, whole in gathers)
         results.append(torch.cat([*ema]))
-    assert torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=torch.finfo(torch.float32).eps, atol=0)
 
 
 def test_scratch_goes_with_the_plan() -> None:
