@@ -55,7 +55,7 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
         return
 
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
-    for step in _widened.get(bucket) or _widened.setdefault(bucket, [*_lay_widened(bucket)]):
+    for step in _widened.get(bucket) or _widened.setdefault(bucket, _lay_widened(bucket)):
         torch._foreach_copy_(step.places, step.parts)
         if step.wide_target is None:
             step.target.lerp_(step.wide_source, weight)
@@ -93,6 +93,9 @@ def _compute_dtype(bucket: Bucket) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+# Inference mode, should the first update run in it, would make a scratch that no other update may
+# write.
+@torch.inference_mode(False)
 def _lay_direct(bucket: Bucket) -> _Direct:
     # The plan has sorted the tensors by size: small ones come first.
     small = 0
@@ -118,7 +121,12 @@ def _lay_direct(bucket: Bucket) -> _Direct:
     return direct
 
 
-def _lay_widened(bucket: Bucket) -> Iterator[_Step]:
+@torch.inference_mode(False)
+def _lay_widened(bucket: Bucket) -> list[_Step]:
+    return [*_steps(bucket)]
+
+
+def _steps(bucket: Bucket) -> Iterator[_Step]:
     compute, size = _compute_dtype(bucket), min(SCRATCH, bucket.flat.numel())
     source_scratch = bucket.flat.new_zeros(size, dtype=compute)
     target_scratch = None

@@ -390,10 +390,11 @@ def test_gradients_switched_on_in_the_ema_model_are_harmless() -> None:
     assert ema.ema_model.weight.grad_fn is None
 
 
-def test_built_and_updated_in_inference_mode() -> None:
+@pytest.mark.parametrize("ema_dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_built_and_updated_in_inference_mode(ema_dtype: torch.dtype) -> None:
     model = nn.BatchNorm1d(2)
     with torch.inference_mode():
-        ema = ModelEMA(model, handle_buffers="update")
+        ema = ModelEMA(model, handle_buffers="update", ema_dtype=ema_dtype)
         ema.update(0.5)
     change(model)
     ema.update(0.5)
