@@ -174,7 +174,7 @@ class EMAHandler:
         """The schedule, under the name that it has in Ignite."""
         return self.schedule
 
-    _momentum_lambda_obj = momentum_scheduler
+    _momentum_lambda_obj = momentum_scheduler  # Ignite's own tests ask for this one too
 
     def attach(
         self,
@@ -288,15 +288,15 @@ class EMAHandler:
         if state_dict["schedule"] is not None:
             schedule = schedule_from_state(state_dict["schedule"])
         self.ema.load_state_dict(state_dict)
-        if schedule != self.schedule:
+        replaced, self.schedule = self.schedule, schedule
+        self.update_index = update_index
+        if schedule != replaced:
             warnings.warn(
-                f"The checkpoint's schedule {schedule} replaces this handler's {self.schedule}. To "
-                "keep another one, assign handler.schedule after loading.",
+                f"The checkpoint's schedule {schedule} replaces this handler's {replaced}. To keep "
+                "another one, assign handler.schedule after loading.",
                 UserWarning,
                 stacklevel=2,
             )
-        self.schedule = schedule
-        self.update_index = update_index
 
     def _update(self, engine: Engine, name: str) -> None:
         momentum = _momentum_from(self.schedule, self.update_index + 1)

@@ -45,7 +45,7 @@ def lerp(ema, online, momentum):
     return tl.fma(tl.zeros_like(ema) + weight, online - ema, tl.where(small, ema, online))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["momentum_ptr"])
 def ema_update(
     table_ptr,
     ema_ptr,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import create_function_from_signature
 
 from ema_triton.kernels import ema_update
 from ema_triton.launch import BLOCK, WARPS
@@ -88,14 +89,22 @@ def describe(arch: str, ema: str, online: str, *, tensor_momentum: bool) -> dict
     return found
 
 
+def specialization(momentum: float | torch.Tensor) -> str:
+    """What Triton's launcher would look a compiled kernel up by, for this momentum."""
+    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(ema_update.signature, ema_update.params, backend)
+    table, flat = torch.zeros(3, dtype=torch.int64), torch.zeros(8)
+    value, pointer = (momentum, None) if isinstance(momentum, float) else (0.0, momentum)
+    return str(bind(table, flat, value, pointer, ONLINE=tl.float32, BLOCK=2048)[1])
+
+
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            [
-                describe(arch, ema, online, tensor_momentum=tensor_momentum)
-                for arch in sys.argv[1:]
-                for ema, online in PAIRS
-                for tensor_momentum in (False, True)
-            ]
-        )
-    )
+    variants = [
+        describe(arch, ema, online, tensor_momentum=tensor_momentum)
+        for arch in sys.argv[1:]
+        for ema, online in PAIRS
+        for tensor_momentum in (False, True)
+    ]
+    of_floats = {specialization(momentum) for momentum in (0.0, 1.0, 0.5, 1e-4, 16.0)}
+    of_tensors = {specialization(torch.zeros(8)[index]) for index in range(8)}
+    print(json.dumps({"variants": variants, "keys": [len(of_floats), len(of_tensors)]}))
