@@ -266,7 +266,7 @@ def test_a_bucket_beyond_two_to_the_31_elements() -> None:
     assert twin[1].sum(dtype=torch.float64).item() == size * 0.5
 
 
-@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_compiled_training_step() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).cuda()
     ema = ModelEMA(model, backend="triton")

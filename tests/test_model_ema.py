@@ -478,7 +478,7 @@ def test_a_sharded_model_is_a_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_inside_a_compiled_step(backend: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
