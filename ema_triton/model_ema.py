@@ -282,7 +282,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
         else:
             return model
@@ -293,7 +293,7 @@ def _copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     try:
         for module in model.modules():
-            if isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
+            if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
                 memo[id(module)] = copy.deepcopy(compiled, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -313,14 +313,18 @@ def _check_model(model: object) -> None:
         )
     # Whoever has such a model has imported this.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for name, module in model.named_modules():
-            if isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
-                raise NotImplementedError(
-                    f"{f'module {name!r}' if name else 'the model'} is sharded by FSDP, and "
-                    "averaging shards is not supported yet. Use DistributedDataParallel, or build "
-                    "the EMA of the unsharded model."
-                )
+    for name, module in model.named_modules():
+        which = f"module {name!r}" if name else "the model"
+        if fsdp and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+            raise NotImplementedError(
+                f"{which} is sharded by FSDP, and averaging shards is not supported yet. Use "
+                "DistributedDataParallel, or build the EMA of the unsharded model."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"{which} is a TorchScript module, which keeps its tensors out of Python's reach. "
+                "Build the EMA of the Python module, and script its ema_model if need be."
+            )
 
 
 def _check_choices(handle_buffers: object, ema_dtype: object) -> None:

@@ -45,16 +45,29 @@ class Pair:
     ema: Tensor
 
 
-def slots(model: nn.Module) -> tuple[dict[str, Slot], dict[str, Slot]]:
-    """Where the model's parameters and buffers live, by clean name; a tied one under each name."""
-    parameters: dict[str, Slot] = {}
-    buffers: dict[str, Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for found, owner in ((parameters, module._parameters), (buffers, module._buffers)):
-            for key, tensor in owner.items():
-                if tensor is not None:
-                    found[clean_name(f"{prefix}.{key}" if prefix else key)] = Slot(owner, key)
-    return parameters, buffers
+class Slots(NamedTuple):
+    """Where a model's tensors live, by clean name; a tied tensor under each of its names."""
+
+    parameters: dict[str, Slot]
+    buffers: dict[str, Slot]
+    caches: set[str]  # names of the buffers that are not persistent
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Slots:
+        """Find them all; a slot that holds None does not count."""
+        slots = cls({}, {}, set())
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for found, owner in (
+                (slots.parameters, module._parameters),
+                (slots.buffers, module._buffers),
+            ):
+                for key, tensor in owner.items():
+                    if tensor is not None:
+                        name = clean_name(f"{prefix}.{key}" if prefix else key)
+                        found[name] = Slot(owner, key)
+                        if key in module._non_persistent_buffers_set:
+                            slots.caches.add(name)
+        return slots
 
 
 def clean_name(name: str) -> str:
@@ -184,7 +197,8 @@ def check_averaged(pair: Pair) -> None:
 
 def check_tensors(model: nn.Module) -> None:
     """Raise unless every tensor of the online model is of a kind that can be averaged or copied."""
-    for kind, found in zip(("parameter", "buffer"), slots(model), strict=True):
+    slots = Slots.of(model)
+    for kind, found in (("parameter", slots.parameters), ("buffer", slots.buffers)):
         for name, slot in found.items():
             tensor = slot.read()
             assert isinstance(tensor, Tensor)

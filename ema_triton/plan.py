@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from operator import getitem, methodcaller
+from itertools import chain, repeat, starmap
+from operator import getitem, is_, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ema_triton.pairs import REAL_DTYPE, Pair, check_averaged, has_fractions, pair_by_name, slots
+from ema_triton.pairs import REAL_DTYPE, Pair, Slots, check_averaged, has_fractions, pair_by_name
 
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
@@ -92,6 +92,7 @@ class Watch:
     containers: list[dict[str, Any]]
     children: list[Any]
     leaves: list[dict[str, Any]]
+    vacant: list[tuple[dict[str, Any], str]]
     counted: list[dict[str, Any]]
     counts: list[int]
 
@@ -100,7 +101,7 @@ class Watch:
         """Remember the models and the pairs' tensors as they are now."""
         modules = [*model.modules()]
         containers = [module._modules for module in [*modules, *ema_model.modules()]]
-        counted = [module._parameters for module in modules]
+        counted = [owner for m in modules for owner in (m._parameters, m._buffers)]
         # The online tensors first, those with strides to compare leading: a dense vector has one
         # stride only, and most tensors are vectors.
         matrices = [pair for pair in pairs if pair.online.dim() > 1]
@@ -118,6 +119,7 @@ class Watch:
             containers=[owner for owner in containers if owner],
             children=_contents([owner for owner in containers if owner]),
             leaves=[module._modules for module in modules if not module._modules],
+            vacant=[(owner, key) for owner in counted for key in owner if owner[key] is None],
             counted=counted,
             counts=[*map(len, counted)],
         )
@@ -132,6 +134,7 @@ class Watch:
                 or [*map(Tensor.stride, tensors[: len(self.strides)])] != self.strides
                 or _contents(self.containers) != self.children
                 or any(self.leaves)
+                or not all(map(is_, starmap(getitem, self.vacant), repeat(None)))
                 or [*map(len, self.counted)] != self.counts
             )
         except (KeyError, TypeError, RuntimeError):  # vanished, None, or without an address
@@ -185,14 +188,15 @@ def make_plan(
         TypeError: A tensor is of a kind that cannot be averaged.
         NotImplementedError: A tensor is sharded.
     """
-    online_parameters, online_buffers = slots(model)
-    ema_parameters, ema_buffers = slots(ema_model)
-    parameters = pair_by_name("parameter", online_parameters, ema_parameters)
-    if handle_buffers == "ema_train":  # the EMA model's forward owns its buffers
-        common = online_buffers.keys() & ema_buffers.keys()
-        online_buffers = {name: online_buffers[name] for name in online_buffers if name in common}
-        ema_buffers = {name: ema_buffers[name] for name in common}
-    buffers = pair_by_name("buffer", online_buffers, ema_buffers)
+    online, ema = Slots.of(model), Slots.of(ema_model)
+    # A cache may appear in one model's forward and not yet in the other's: whose it is, keeps it.
+    # In "ema_train" mode all buffers are the EMA model's own affair.
+    for name in online.buffers.keys() ^ ema.buffers.keys():
+        if handle_buffers == "ema_train" or name in online.caches | ema.caches:
+            online.buffers.pop(name, None)
+            ema.buffers.pop(name, None)
+    parameters = pair_by_name("parameter", online.parameters, ema.parameters)
+    buffers = pair_by_name("buffer", online.buffers, ema.buffers)
 
     candidates = parameters + (buffers if handle_buffers == "update" else [])
     averaged = [pair for pair in candidates if has_fractions(pair.online)]
@@ -209,8 +213,9 @@ def make_plan(
             groups.setdefault(_key(pair, ema_dtype), []).append(pair)
     # From here on tensors change.
     for pair in parameters + buffers:
-        for owner, key in pair.ema_slots:
-            owner[key] = pair.ema
+        for slot in pair.ema_slots:
+            if slot.read() is not pair.ema:  # untied, or separated from the online tensor
+                slot.owner[slot.key] = pair.ema
         dtype = ema_dtype if pair.ema.is_floating_point() else None
         if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
             pair.ema.data = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)

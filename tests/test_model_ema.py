@@ -448,6 +448,56 @@ def test_a_model_that_cannot_be_copied_says_what_to_do() -> None:
     ModelEMA(model, ema_model=nn.Linear(2, 2)).update(0.5)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_module_is_a_clear_error() -> None:
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="module '0' is a TorchScript module"):
+        ModelEMA(nn.Sequential(scripted))
+
+
+class Lazy(nn.Module):
+    """Makes buffers in its first forward pass, like caches and normalizers do."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("later", None, persistent)
+        self.persistent = persistent
+
+    def forward(self) -> None:
+        self.later = torch.ones(2)
+        self.register_buffer("another", torch.ones(2), self.persistent)
+
+
+@pytest.mark.parametrize("handle_buffers", ["copy", "update", "ema_train"])
+def test_a_cache_that_one_model_made_is_its_own(handle_buffers: str) -> None:
+    model = Lazy(persistent=False)
+    ema = ModelEMA(model, handle_buffers=handle_buffers)
+    model()
+    ema.update(0.5)
+    assert ema.ema_model.later is None
+    ema.ema_model()
+    model.weight.data.fill_(3.0)
+    ema.update(0.5)
+    assert ema.ema_model.weight.eq(2.0).all()
+
+
+def test_a_persistent_buffer_that_appears_is_an_error_at_once() -> None:
+    model = Lazy(persistent=True)
+    ema = ModelEMA(model)
+    model()
+    with pytest.raises(ValueError, match=r"buffers that the EMA model lacks: 'later', 'another'"):
+        ema.update(0.5)
+
+
+def test_a_parameter_in_place_of_none_is_an_error_at_once() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    ema = ModelEMA(model)
+    model.bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"parameters that the EMA model lacks: 'bias'"):
+        ema.update(0.5)
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_a_sharded_model_is_a_clear_error(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
