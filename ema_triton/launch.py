@@ -49,7 +49,7 @@ def prepare(plan: Plan) -> None:
     """
     for bucket in plan.buckets:
         if obstacle(bucket) is None:
-            _launch(bucket, 0.0, 0)
+            _launch(bucket, 0.0, 0)  # a grid without programs is compiled and loaded, not launched
 
 
 def obstacle(bucket: Bucket) -> str | None:
