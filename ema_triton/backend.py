@@ -39,6 +39,8 @@ def choose(requested: str, plan: Plan) -> Backend:
     check_name(requested)
     if requested == "foreach":
         return Backend("foreach", "backend='foreach' was asked for", reference.update)
+    if not plan.buckets:
+        return Backend("foreach", "the model has no tensors to average", reference.update)
     obstacle = _obstacle(plan, explicit=requested == "triton")
     if obstacle is None:
         from ema_triton import launch
@@ -74,8 +76,6 @@ def _obstacle(plan: Plan, *, explicit: bool) -> str | None:
         return f"triton does not import ({error}); pip install triton"
     if launch.INTERPRETED and not explicit:
         return "TRITON_INTERPRET=1 is set, and 'auto' never takes Triton's interpreter"
-    if not plan.buckets:
-        return "the model has no tensors to average"
     obstacles = [
         launch.device_obstacle(bucket.key.device) if explicit else launch.obstacle(bucket)
         for bucket in plan.buckets

@@ -90,9 +90,11 @@ class EMAHandler:
         0.5
     """
 
-    # Every handler attached somewhere: tells a momentum that another handler wrote into a shared
-    # engine.state attribute from one that the user wrote there.
-    _attached: ClassVar[weakref.WeakSet[EMAHandler]] = weakref.WeakSet()
+    # The object that handlers last wrote into each attribute of an engine's state: by its identity
+    # a momentum of theirs is told from one that somebody else put there.
+    _written: ClassVar[weakref.WeakKeyDictionary[Engine, dict[str, float]]] = (
+        weakref.WeakKeyDictionary()
+    )
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class EMAHandler:
             model, handle_buffers=handle_buffers, backend=backend, ema_dtype=ema_dtype
         )
         self._handles: dict[Engine, RemovableEventHandle] = {}
-        self._written: float | None = None
+        self._names: dict[Engine, str] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -225,9 +227,9 @@ class EMAHandler:
                 if engine.has_event_handler(self._update, part):
                     engine.remove_event_handler(self._update, part)
             raise
-        self._handles[engine] = handle
-        self._attached.add(self)
-        if exists and shown is not self._written and warn_if_exists:
+        again = self._names.get(engine) == name
+        self._handles[engine], self._names[engine] = handle, name
+        if exists and warn_if_exists and not again:
             warnings.warn(
                 f"Attribute '{name}' already exists in Engine.state: either the engine has loaded "
                 "its state dict, or another handler uses it. In the first case, silence this "
@@ -235,7 +237,7 @@ class EMAHandler:
                 UserWarning,
                 stacklevel=2,
             )
-        if not exists or self._wrote(shown):
+        if not exists or self._wrote(engine, name, shown):
             self._write(engine, name, _momentum_from(self.schedule, self.update_index + 1))
 
     def detach(self) -> None:
@@ -243,7 +245,6 @@ class EMAHandler:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._attached.discard(self)
 
     def sync(self) -> None:
         """Copy the online model into the EMA model, e.g. after loading weights into it."""
@@ -298,10 +299,15 @@ class EMAHandler:
                 stacklevel=2,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to nothing."""
+        return {**self.__dict__, "_handles": {}, "_names": {}}
+
     def _update(self, engine: Engine, name: str) -> None:
         momentum = _momentum_from(self.schedule, self.update_index + 1)
-        shown: Any = getattr(engine.state, name, self._written)
-        if isinstance(self.schedule, Constant) and not self._wrote(shown):
+        shown: Any = getattr(engine.state, name, None)
+        driven = shown is not None and not self._wrote(engine, name, shown)
+        if driven and isinstance(self.schedule, Constant):
             self.ema.update(shown)
         else:
             self.ema.update(momentum)
@@ -309,12 +315,12 @@ class EMAHandler:
         self.update_index += 1
 
     def _write(self, engine: Engine, name: str, momentum: float) -> None:
-        # The sum is a float object of our own, by whose identity `_wrote` goes.
-        self._written = momentum + 0.0
-        setattr(engine.state, name, self._written)
+        written = momentum + 0.0  # a new object
+        self._written.setdefault(engine, {})[name] = written
+        setattr(engine.state, name, written)
 
-    def _wrote(self, shown: object) -> bool:
-        return any(shown is handler._written for handler in self._attached)
+    def _wrote(self, engine: Engine, name: str, shown: object) -> bool:
+        return shown is self._written.get(engine, {}).get(name)
 
 
 def _schedule_from_arguments(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ema_triton.backend import Backend, check_name, choose
-from ema_triton.pairs import check_tensors, clean_name, read_copies
+from ema_triton.pairs import check_tensors, clean_name, own_copy
 from ema_triton.plan import Plan, make_plan
 
 logger = logging.getLogger("ema_triton")
@@ -107,6 +107,7 @@ class ModelEMA:
         self._requested_backend = backend
         self._plan: Plan | None = None
         self._backend: Backend | None = None
+        self._captured: list[Plan] = []
         self._warned = False
         self._make_plan(ema_dtype)
         self.ema_model.requires_grad_(False)
@@ -131,8 +132,8 @@ class ModelEMA:
         Args:
             momentum: The weight of the online weights, in [0, 1]: a float, or a 0-d floating
                 tensor. One on the model's device is read by the kernel, so that a captured CUDA
-                graph follows its value (update once with it before the capture, to compile);
-                nothing waits for the device.
+                graph follows its value (update once with it before the capture, to compile, and
+                keep this object as long as the graph); nothing waits for the device.
 
         Raises:
             ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
@@ -140,12 +141,13 @@ class ModelEMA:
         """
         momentum = _check_momentum(momentum)
         with torch.no_grad():
-            plan = self._current_plan()
+            plan, online = self._current_plan()
             self._check_momentum_fits(momentum, plan)
-            ema, online = read_copies(plan.copied)
+            if online:
+                torch._foreach_copy_(plan.copies.ema, online)
             self._chosen.update(plan, momentum)
-            if ema:
-                torch._foreach_copy_(ema, online)
+            if plan.on_cuda and torch.cuda.is_current_stream_capturing():
+                self._captured.append(plan)  # the graph goes on reading its chunk table
             # Autograd learns of the write, as from any in-place operation.
             torch.autograd.graph.increment_version(plan.ema_tensors)
 
@@ -157,13 +159,18 @@ class ModelEMA:
             ValueError: A tensor changed its shape or vanished.
         """
         with torch.no_grad():
-            plan = self._current_plan()
-            ema, online = read_copies(plan.copied + plan.kept)
+            plan, online = self._current_plan()
+            ema = [*plan.copies.ema]
             for bucket in plan.buckets:
                 ema += bucket.targets
                 online += bucket.sources
             if ema:
                 torch._foreach_copy_(ema, online)
+            for pair in plan.kept:
+                current = pair.online_slots[0].read()
+                if current is not None:
+                    for slot in pair.ema_slots:
+                        slot.owner[slot.key] = own_copy(current, pair.ema.dtype)
             torch.autograd.graph.increment_version(plan.ema_tensors)
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,13 +198,15 @@ class ModelEMA:
         problems += [f"'{name}' is unexpected" for name in weights if name not in names]
         for name in names.keys() & weights.keys():
             mine, value = own[names[name]], weights[name]
-            if not isinstance(mine, Tensor):
-                continue
+            if not isinstance(mine, Tensor) or name.endswith("_extra_state"):
+                continue  # whatever the module makes of it
             if not isinstance(value, Tensor):
                 problems.append(f"'{name}' is a {type(value).__name__}, not a tensor")
             elif value.shape != mine.shape:
                 shapes = f"{tuple(value.shape)} in the state but {tuple(mine.shape)} here"
                 problems.append(f"'{name}' is {shapes}")
+            elif value.is_meta:
+                problems.append(f"'{name}' is on the meta device, without values")
             elif value.is_complex() != mine.is_complex():
                 problems.append(f"'{name}' is {value.dtype} in the state but {mine.dtype} here")
         if problems:
@@ -212,30 +221,34 @@ class ModelEMA:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""
-        return {**self.__dict__, "_plan": None, "_backend": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Plan anew, for the copy's tensors."""
-        self.__dict__.update(state)
-        self._make_plan()
+        return {**self.__dict__, "_plan": None, "_backend": None, "_captured": []}
 
     @property
     def _chosen(self) -> Backend:
-        assert self._backend is not None  # set together with the plan
+        if self._backend is None:  # unpickled, or a copy
+            self._make_plan()
+        assert self._backend is not None
         return self._backend
 
-    def _current_plan(self) -> Plan:
+    def _current_plan(self) -> tuple[Plan, list[Tensor]]:
+        """A plan that is not stale, and the online tensors that it copies."""
         plan = self._plan
-        if plan is None or plan.watch.is_stale():
-            plan = self._make_plan()
-        return plan
+        if plan is not None and not plan.watch.is_stale():
+            online = plan.copies.read()
+            if online is not None:
+                return plan, online
+        plan = self._make_plan()
+        online = plan.copies.read()
+        assert online is not None  # just planned
+        return plan, online
 
     def _make_plan(self, ema_dtype: torch.dtype | None = None) -> Plan:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "A tensor of the online or the EMA model moved since the last update, and a CUDA "
-                "graph is being captured, which would keep the old addresses. Call update() once "
-                "after the last change of the models, then capture."
+                "A CUDA graph is being captured, and the EMA is not ready for it: it is new, or a "
+                "tensor of the online or the EMA model moved since the last update, and the graph "
+                "would keep old addresses. Call update() once after the last change of the models, "
+                "then capture."
             )
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -292,7 +305,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy with torch.compile wrappers taken off, inside too, so that names are clean."""
     memo: dict[int, Any] = {}
     try:
-        for module in model.modules():
+        for module in reversed([*model.modules()]):  # inner ones first
             if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
                 memo[id(module)] = copy.deepcopy(compiled, memo)
         return copy.deepcopy(model, memo)

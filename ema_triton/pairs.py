@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,15 @@ class Slot(NamedTuple):
         """The tensor that is there now, also after it was replaced."""
         return self.owner.get(self.key)
 
+    @property
+    def place(self) -> tuple[int, str]:
+        """Tells slots apart; two names of one module share theirs."""
+        return id(self.owner), self.key
+
 
 @dataclass(eq=False)
 class Pair:
-    """An EMA tensor and the online tensor of the same name.
-
-    Tied tensors have a slot for every name; the first ones are those of `name`.
-    """
+    """An EMA tensor and the online tensor of the same name; tied ones have a slot per name."""
 
     name: str
     online_slots: list[Slot]
@@ -50,23 +52,26 @@ class Slots(NamedTuple):
 
     parameters: dict[str, Slot]
     buffers: dict[str, Slot]
+    empty_buffers: dict[str, Slot]  # which hold None, for now
     caches: set[str]  # names of the buffers that are not persistent
 
     @classmethod
     def of(cls, model: nn.Module) -> Slots:
-        """Find them all; a slot that holds None does not count."""
-        slots = cls({}, {}, set())
+        """Find them all."""
+        slots = cls({}, {}, {}, set())
         for prefix, module in model.named_modules(remove_duplicate=False):
             for found, owner in (
                 (slots.parameters, module._parameters),
                 (slots.buffers, module._buffers),
             ):
                 for key, tensor in owner.items():
+                    name = clean_name(f"{prefix}.{key}" if prefix else key)
                     if tensor is not None:
-                        name = clean_name(f"{prefix}.{key}" if prefix else key)
                         found[name] = Slot(owner, key)
-                        if key in module._non_persistent_buffers_set:
-                            slots.caches.add(name)
+                    elif found is slots.buffers:
+                        slots.empty_buffers[name] = Slot(owner, key)
+                    if key in module._non_persistent_buffers_set:
+                        slots.caches.add(name)
         return slots
 
 
@@ -75,13 +80,11 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def pair_by_name(
-    kind: str, online_slots: dict[str, Slot], ema_slots: dict[str, Slot]
-) -> list[Pair]:
-    """Pair by name; tensors tied in both models make one pair."""
+def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot]) -> list[Pair]:
+    """A pair for every name, also for each name of a tied tensor."""
     for here, there, whose in (
-        (online_slots, ema_slots, "the online model has {}s that the EMA model lacks: {}"),
-        (ema_slots, online_slots, "the EMA model has {}s that the online model lacks: {}"),
+        (online_slots, ema, "the online model has {}s that the EMA model lacks: {}"),
+        (ema, online_slots, "the EMA model has {}s that the online model lacks: {}"),
     ):
         if names := [name for name in here if name not in there]:
             raise ValueError(
@@ -89,37 +92,89 @@ def pair_by_name(
                 + ". They would not be averaged. Build a new ModelEMA (or EMAHandler) after "
                 "changing the model's structure, or give an ema_model with the same names."
             )
-    first: dict[int, Pair] = {}
     pairs: list[Pair] = []
-    for name, online_slot in online_slots.items():
-        ema_slot = ema_slots[name]
-        online, ema = online_slot.read(), ema_slot.read()
-        assert isinstance(online, Tensor)  # slots() lists no empty ones
-        assert isinstance(ema, Tensor)
+    for name, slot in online_slots.items():
+        if slot.owner is ema[name].owner:
+            raise ValueError(
+                f"{kind} '{name}' belongs to a module that the EMA model shares with the online "
+                "model, so there is nothing to average. Give an ema_model with modules of its own."
+            )
+        online, mine = slot.read(), ema[name].read()
+        assert isinstance(online, Tensor)  # empty slots are not listed
         _check_kind(kind, name, online)
-        _check_kind(kind, name, ema)
-        _check_shapes(name, online, ema)
-        tied = first.get(id(ema))
-        if tied is not None:
-            if tied.online is online:
-                tied.online_slots.append(online_slot)
-                tied.ema_slots.append(ema_slot)
-                continue
-            # Tied in the EMA model, but no longer in the online model: untie it.
-            if any(slot.owner is ema_slot.owner for slot in tied.ema_slots):
-                raise ValueError(
-                    f"{kind}s '{tied.name}' and '{name}' are different tensors in the online "
-                    "model but belong to one shared module in the EMA model, which cannot hold "
-                    "both averages. Build a new ModelEMA (or EMAHandler) after changing the "
-                    "model's structure."
-                )
-            ema = _detached_like(ema)
-        elif _share_memory(online, ema):
-            ema = _detached_like(ema)
-        pair = Pair(name, [online_slot], [ema_slot], online, ema)
-        first.setdefault(id(ema), pair)
-        pairs.append(pair)
+        if mine is None:
+            mine = own_copy(online)
+        else:
+            _check_kind(kind, name, mine)
+            _check_shapes(name, online, mine)
+        pairs.append(Pair(name, [slot], [ema[name]], online, mine))
     return pairs
+
+
+def tie(pairs: list[Pair]) -> list[Pair]:
+    """One pair for the names of tensors tied in both models, so that they are averaged once.
+
+    An EMA tensor gets a copy of its own where only the EMA model ties it, or where it cannot be
+    written: it shares the online tensor's memory, or was made in inference mode.
+    """
+    first: dict[int, Pair] = {}
+    tied: list[Pair] = []
+    for pair in pairs:
+        twin = first.get(id(pair.ema))
+        if twin is not None and twin.online is pair.online:
+            twin.online_slots += pair.online_slots
+            twin.ema_slots += pair.ema_slots
+            continue
+        if twin is not None and pair.ema_slots[0].place in [slot.place for slot in twin.ema_slots]:
+            _refuse_split(twin.name, pair.name)
+        first.setdefault(id(pair.ema), pair)
+        if twin is not None or _share_memory(pair.online, pair.ema) or pair.ema.is_inference():
+            pair.ema = own_copy(pair.ema)
+        elif not has_fractions(pair.ema):  # an integer tensor became a floating one
+            pair.ema = own_copy(pair.ema, pair.online.dtype)
+        tied.append(pair)
+    return tied
+
+
+def separate(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]) -> list[Pair]:
+    """One pair for every slot, its EMA tensor being its own: not tied, not a view, contiguous.
+
+    So that a copy into it changes nothing else. Floating tensors keep the EMA's dtype, or get
+    `ema_dtype`; others have the online tensor's. Tensors whose id is in `owned` are so already.
+    """
+    places: dict[tuple[int, str], Pair] = {}
+    for pair in pairs:
+        twin = places.setdefault(pair.ema_slots[0].place, pair)
+        if twin is not pair:  # a module with two names
+            if twin.online is not pair.online:
+                _refuse_split(twin.name, pair.name)
+            continue
+        online, ema = pair.online, pair.ema
+        dtype = online.dtype
+        if online.is_floating_point() and ema.is_floating_point():
+            dtype = ema_dtype or ema.dtype
+        if id(ema) in owned and (ema.dtype, ema.device) == (dtype, online.device):
+            owned.discard(id(ema))  # a second slot with it gets a copy
+            continue
+        # Converted values could be anything, and the next copy overwrites them anyway.
+        values = ema if ema.dtype == online.dtype or has_fractions(ema) else online
+        values = online if values.is_complex() != dtype.is_complex else values
+        pair.ema = own_copy(values, dtype, online.device, like=ema)
+    return [*places.values()]
+
+
+def own_copy(
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    *,
+    like: Tensor | None = None,
+) -> Tensor:
+    """A contiguous copy with memory of its own; a parameter if `tensor`, or `like`, is one."""
+    copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device or tensor.device)
+    copy.copy_(tensor.detach())
+    like = tensor if like is None else like
+    return nn.Parameter(copy, requires_grad=False) if isinstance(like, nn.Parameter) else copy
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -127,9 +182,12 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     return address != 0 and address == other.untyped_storage().data_ptr()
 
 
-def _detached_like(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+def _refuse_split(name: str, other: str) -> None:
+    raise ValueError(
+        f"'{name}' and '{other}' are different tensors in the online model but one slot of a "
+        "shared module in the EMA model, which cannot hold both. Build a new ModelEMA (or "
+        "EMAHandler) after changing the model's structure."
+    )
 
 
 def _listed(names: list[str]) -> str:
@@ -203,24 +261,3 @@ def check_tensors(model: nn.Module) -> None:
             tensor = slot.read()
             assert isinstance(tensor, Tensor)
             _check_kind(kind, name, tensor)
-
-
-def read_copies(pairs: list[Pair]) -> tuple[list[Tensor], list[Tensor]]:
-    """The EMA and the online tensors of pairs to be copied, as their slots hold them now.
-
-    Modules assign buffers anew as a matter of course (`self.count = self.count + 1`), so these
-    are read every time instead of being watched.
-
-    Raises:
-        ValueError: A tensor vanished or changed its shape.
-    """
-    ema: list[Any] = [pair.ema_slots[0].read() for pair in pairs]
-    online: list[Any] = [pair.online_slots[0].read() for pair in pairs]
-    try:
-        agree = [*map(Tensor.numel, ema)] == [*map(Tensor.numel, online)]
-    except TypeError:  # None: a tensor vanished
-        agree = False
-    if not agree:
-        for pair in pairs:
-            _check_shapes(pair.name, pair.online_slots[0].read(), pair.ema_slots[0].read())
-    return ema, online

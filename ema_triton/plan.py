@@ -11,13 +11,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat, starmap
-from operator import getitem, is_, methodcaller
+from operator import attrgetter, getitem, is_, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ema_triton.pairs import REAL_DTYPE, Pair, Slots, check_averaged, has_fractions, pair_by_name
+from ema_triton.pairs import (
+    REAL_DTYPE,
+    Pair,
+    Slot,
+    Slots,
+    check_averaged,
+    has_fractions,
+    pair_by_name,
+    separate,
+    tie,
+)
 
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
@@ -63,14 +73,17 @@ class Bucket:
         Aligned means that the online address is a multiple of 16 bytes and the length of 8
         elements, so that accesses of full width touch nothing past the tensor's end.
         """
-        lengths = torch.tensor([source.numel() for source in self.sources])
-        addresses = torch.tensor([source.data_ptr() for source in self.sources])
+        cpu = torch.device("cpu")  # whatever the default device is
+        lengths = torch.tensor([source.numel() for source in self.sources], device=cpu)
+        addresses = torch.tensor([source.data_ptr() for source in self.sources], device=cpu)
         chunks = (lengths + CHUNK - 1) // CHUNK
         tensor = torch.repeat_interleave(chunks)
-        start = (torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
+        start = (
+            torch.arange(len(tensor), device=cpu) - (chunks.cumsum(0) - chunks)[tensor]
+        ) * CHUNK
         length = (lengths[tensor] - start).clamp(max=CHUNK)
         address = addresses[tensor] + start * self.key.online_dtype.itemsize
-        offset = torch.tensor(self.offsets)[tensor] + start
+        offset = torch.tensor(self.offsets, device=cpu)[tensor] + start
         aligned = (address % ALIGNMENT == 0) & (length % 8 == 0)
         return torch.stack([address, offset, length * 2 + aligned], dim=1).to(self.key.device)
 
@@ -80,8 +93,8 @@ class Watch:
     """Notices that an averaged tensor or a module was replaced, moved, cast, reshaped or added.
 
     It looks before every update, so it is made of passes that stay in C. Addresses tell, because
-    the plan keeps every storage alive; sizes and strides are for a view put in its tensor's place,
-    which may have the tensor's address.
+    the plan keeps every storage alive; sizes, strides and conjugation are for a view put in its
+    tensor's place, which may have the tensor's address.
     """
 
     owners: list[dict[str, Any]]
@@ -89,6 +102,7 @@ class Watch:
     addresses: list[int]
     sizes: list[int]
     strides: list[tuple[int, ...]]
+    complex: list[Slot]
     containers: list[dict[str, Any]]
     children: list[Any]
     leaves: list[dict[str, Any]]
@@ -116,6 +130,9 @@ class Watch:
             addresses=[*map(Tensor.data_ptr, tensors)],
             sizes=[*map(Tensor.numel, tensors[: len(online)])],
             strides=[*map(Tensor.stride, tensors[: len(strided)])],
+            complex=[
+                slot for slot, tensor in zip(slots, tensors, strict=True) if tensor.is_complex()
+            ],
             containers=[owner for owner in containers if owner],
             children=_contents([owner for owner in containers if owner]),
             leaves=[module._modules for module in modules if not module._modules],
@@ -132,6 +149,7 @@ class Watch:
                 [*map(Tensor.data_ptr, tensors)] != self.addresses
                 or [*map(Tensor.numel, tensors[: len(self.sizes)])] != self.sizes
                 or [*map(Tensor.stride, tensors[: len(self.strides)])] != self.strides
+                or any(map(_is_conj, starmap(getitem, self.complex)))
                 or _contents(self.containers) != self.children
                 or any(self.leaves)
                 or not all(map(is_, starmap(getitem, self.vacant), repeat(None)))
@@ -142,6 +160,7 @@ class Watch:
 
 
 _values: Callable[[dict[str, Any]], Iterable[Any]] = methodcaller("values")
+_is_conj: Callable[[Any], bool] = Tensor.is_conj
 
 
 def _contents(owners: list[dict[str, Any]]) -> list[Any]:
@@ -149,17 +168,69 @@ def _contents(owners: list[dict[str, Any]]) -> list[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Everything an update does: average the buckets, copy the copied pairs.
+class Copies:
+    """The tensors that are copied at every update, each into an EMA tensor of its own.
 
-    `copied` pairs are copied at every update, `kept` ones by `sync` only. Neither lies flat.
+    Modules assign buffers anew as a matter of course (`self.count = self.count + 1`), so the online
+    ones are read from their slots every time.
+    """
+
+    owners: list[dict[str, Any]]
+    keys: list[str]
+    sizes: list[torch.Size]
+    kinds: list[tuple[Any, ...]]
+    ema_owners: list[dict[str, Any]]
+    ema_keys: list[str]
+    ema: list[Tensor]
+
+    @classmethod
+    def of(cls, pairs: list[Pair]) -> Copies:
+        """The copies of these pairs, with one slot each."""
+        return cls(
+            owners=[pair.online_slots[0].owner for pair in pairs],
+            keys=[pair.online_slots[0].key for pair in pairs],
+            sizes=[pair.online.size() for pair in pairs],
+            kinds=[_kind(pair.online) for pair in pairs],
+            ema_owners=[pair.ema_slots[0].owner for pair in pairs],
+            ema_keys=[pair.ema_slots[0].key for pair in pairs],
+            ema=[pair.ema for pair in pairs],
+        )
+
+    def read(self) -> list[Tensor] | None:
+        """The online tensors as they are now; None if anything does not fit the plan any more."""
+        try:
+            online = [*map(getitem, self.owners, self.keys)]
+            if (
+                [*map(Tensor.size, online)] == self.sizes
+                and [*map(_kind, online)] == self.kinds
+                and all(map(is_, map(getitem, self.ema_owners, self.ema_keys), self.ema))
+            ):
+                return online
+        except (AttributeError, KeyError, TypeError):  # vanished, or None
+            pass
+        return None
+
+
+_kind = attrgetter("dtype", "device", "layout")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything an update does: average the buckets, make the copies.
+
+    `kept` pairs are buffers that only `sync` copies.
     """
 
     buckets: list[Bucket]
-    copied: list[Pair]
+    copies: Copies
     kept: list[Pair]
     ema_tensors: list[Tensor]
     watch: Watch
+
+    @cached_property
+    def on_cuda(self) -> bool:
+        """Whether a CUDA graph might capture an update."""
+        return any(bucket.key.device.type == "cuda" for bucket in self.buckets)
 
 
 def make_plan(
@@ -195,14 +266,18 @@ def make_plan(
         if handle_buffers == "ema_train" or name in online.caches | ema.caches:
             online.buffers.pop(name, None)
             ema.buffers.pop(name, None)
+        elif name in ema.empty_buffers:  # filled in the online model's forward
+            ema.buffers[name] = ema.empty_buffers[name]
     parameters = pair_by_name("parameter", online.parameters, ema.parameters)
     buffers = pair_by_name("buffer", online.buffers, ema.buffers)
 
     candidates = parameters + (buffers if handle_buffers == "update" else [])
-    averaged = [pair for pair in candidates if has_fractions(pair.online)]
+    averaged = tie([pair for pair in candidates if has_fractions(pair.online)])
     copied = [pair for pair in candidates if not has_fractions(pair.online)]
     if handle_buffers == "copy":
         copied += buffers
+    owned = {id(tensor) for tensor in previous.copies.ema} if previous else set()
+    copied = separate(copied, ema_dtype, owned)
     for pair in averaged:
         check_averaged(pair)
 
@@ -212,10 +287,10 @@ def make_plan(
         if pair.online.numel():
             groups.setdefault(_key(pair, ema_dtype), []).append(pair)
     # From here on tensors change.
-    for pair in parameters + buffers:
-        for slot in pair.ema_slots:
-            if slot.read() is not pair.ema:  # untied, or separated from the online tensor
-                slot.owner[slot.key] = pair.ema
+    kept = buffers if handle_buffers == "ema_train" else []
+    for pair in averaged + copied + kept:
+        for owner, key in pair.ema_slots:
+            owner[key] = pair.ema
         dtype = ema_dtype if pair.ema.is_floating_point() else None
         if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
             pair.ema.data = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
@@ -223,8 +298,8 @@ def make_plan(
     buckets = [_lay_flat(key, pairs, flats) for key, pairs in groups.items()]
     return Plan(
         buckets=buckets,
-        copied=copied,
-        kept=buffers if handle_buffers == "ema_train" else [],
+        copies=Copies.of(copied),
+        kept=kept,
         ema_tensors=[pair.ema for pair in averaged],
         watch=Watch.over(model, ema_model, averaged),
     )

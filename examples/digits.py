@@ -14,12 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from ignite.engine import (
-    Engine,
-    Events,
-    create_supervised_evaluator,
-    create_supervised_trainer,
-)
+from ignite.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
 from ignite.handlers import Checkpoint, DiskSaver, ProgressBar, global_step_from_engine
 from ignite.metrics import Accuracy
 from matplotlib.figure import Figure
@@ -218,6 +213,7 @@ def main() -> None:
     args = parse_args()
     # Ignite logs every exception as an error, Ctrl-C too, before it reaches us.
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
+    torch.set_num_threads(1)  # the net is too small to gain from more
     try:
         train(args)
     except KeyboardInterrupt:
