@@ -200,7 +200,12 @@ def train(args: argparse.Namespace) -> None:
     trainer.add_event_handler(Events.STARTED | Events.EPOCH_COMPLETED, checkpointer)
 
     if trainer.state.epoch < args.epochs:
-        trainer.run(train_loader, max_epochs=args.epochs)
+        try:
+            trainer.run(train_loader, max_epochs=args.epochs)
+        finally:
+            if bar.pbar is not None:
+                # After Ctrl-C it is still open, and would wipe the last line at exit.
+                bar.pbar.close()
     else:
         print(f"already finished: {trainer.state.epoch} epochs are done")
     picture = args.output / "digits.png"

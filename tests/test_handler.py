@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -1816,3 +1817,72 @@ def test_checkpoints_during_a_run(tmp_path: Path) -> None:
             again.run(3)
         assert uncut.momenta[epoch * BATCHES :] == again.momenta
         assert changed(values(uncut.handler.ema_model), again.handler.ema_model) == []
+
+
+def test_a_new_schedule_counts_on_every_engine() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    handler = EMAHandler(model, 0.1)
+    engines = [Engine(lambda engine, batch: None) for _ in range(2)]
+    for engine in engines:
+        handler.attach(engine)
+    handler.schedule = Constant(0.5)
+    model.weight.data.fill_(1.0)
+    for engine in engines:
+        handler.ema_model.weight.data.fill_(0.0)
+        engine.run([0])
+        assert handler.ema_model.weight.item() == 0.5
+
+
+@pytest.mark.parametrize("follower_first", [True, False])
+def test_one_handler_may_follow_anothers_momentum(follower_first: bool) -> None:
+    handlers = {"g": EMAHandler(nn.Linear(1, 1), 0.5), "d": EMAHandler(nn.Linear(1, 1), 0.1)}
+    engine = Engine(lambda engine, batch: None)
+    for name in ("d", "g") if follower_first else ("g", "d"):
+        handlers[name].attach(engine, name)
+
+    @engine.on(Events.ITERATION_STARTED)
+    def follow() -> None:
+        engine.state.d = engine.state.g
+
+    used: list[float] = []
+    update = handlers["d"].ema.update
+    handlers["d"].ema.update = lambda momentum: (used.append(momentum), update(momentum))
+    engine.run([0, 0])
+    assert used == [0.5, 0.5]
+
+
+def test_an_attached_handler_is_copied_unattached() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    handler = EMAHandler(model, 0.5)
+    engine = Engine(lambda engine, batch: None)
+    handler.attach(engine)
+    file = io.BytesIO()
+    torch.save(handler, file)
+    file.seek(0)
+    for twin in (deepcopy(handler), torch.load(file, weights_only=False)):
+        assert isinstance(twin, EMAHandler)
+        before = twin.ema_model.weight.clone()
+        engine.run([0])
+        assert twin.update_index == 0
+        other = Engine(lambda engine, batch: None)
+        twin.attach(other)
+        twin.model.weight.data = before + 1
+        other.run([0])
+        assert torch.equal(twin.ema_model.weight, torch.lerp(before, before + 1, 0.5))
+
+
+@pytest.mark.parametrize("name", ["iteration", "epoch", "output", "metrics"])
+def test_the_engines_own_names_are_refused(name: str) -> None:
+    engine = Engine(lambda engine, batch: None)
+    before = getattr(engine.state, name)
+    with pytest.raises(ValueError, match=rf"engine.state.{name}.*another name"):
+        EMAHandler(nn.Linear(1, 1)).attach(engine, name, False)
+    assert getattr(engine.state, name) == before
+
+
+def test_what_is_no_engine_and_no_schedule_is_refused() -> None:
+    handler = EMAHandler(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"must be an Ignite Engine.*got str"):
+        handler.attach("trainer")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"schedule must be a function .* got 0\.5"):
+        handler.schedule = 0.5  # type: ignore[assignment]

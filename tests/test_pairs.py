@@ -180,3 +180,46 @@ def test_real_and_complex_do_not_mix() -> None:
 def test_clean_name_strips_what_compile_adds() -> None:
     assert clean_name("_orig_mod.layers.0._orig_mod.weight") == "layers.0.weight"
     assert clean_name("my_orig_mod.weight") == "my_orig_mod.weight"
+
+
+def test_a_module_shared_with_the_online_model_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    weight = model[0].weight
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' belongs to a module that the EMA model shares"
+    ):
+        ModelEMA(model, ema_model=nn.Sequential(model[0], nn.Linear(2, 2)))
+    assert model[0].weight is weight
+    assert weight.requires_grad
+
+
+def test_two_names_in_one_module_can_be_untied() -> None:
+    model = nn.Module()
+    model.query = nn.Parameter(torch.zeros(2))
+    model.key = model.query
+    ema = ModelEMA(model)
+    model.key = nn.Parameter(torch.ones(2))
+    ema.update(0.5)
+    assert ema.ema_model.query.eq(0.0).all()
+    assert ema.ema_model.key.eq(0.5).all()
+
+
+def test_a_parameter_that_becomes_a_lazy_conjugate_is_refused() -> None:
+    model = with_parameter(torch.ones(2, dtype=torch.complex64))
+    ema = ModelEMA(model)
+    model.weight.data = model.weight.data.conj()
+    with pytest.raises(ValueError, match="resolve_conj"):
+        ema.update(0.5)
+
+
+def test_nested_compiled_modules_get_clean_names() -> None:
+    inner = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+    model = nn.Sequential(torch.compile(inner, backend="eager"))
+    assert [*ModelEMA(model).ema_model.state_dict()] == ["0.0.weight", "0.0.bias"]
+
+
+def test_the_chunk_table_is_made_on_the_cpu_whatever_the_default_device() -> None:
+    pytest.importorskip("triton")
+    model = nn.Linear(2, 2)
+    with torch.device("meta"):
+        ModelEMA(model, backend="triton")
