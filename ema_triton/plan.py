@@ -94,7 +94,8 @@ class Watch:
 
     It looks before every update, so it is made of passes that stay in C. Addresses tell, because
     the plan keeps every storage alive; sizes, strides and conjugation are for a view put in its
-    tensor's place, which may have the tensor's address.
+    tensor's place, which may have the tensor's address. What is not looked at, for 0.1 ms per 1000
+    tensors: the strides of vectors, and strides of EMA tensors that stay at their address.
     """
 
     owners: list[dict[str, Any]]
@@ -105,7 +106,7 @@ class Watch:
     complex: list[Slot]
     containers: list[dict[str, Any]]
     children: list[Any]
-    leaves: list[dict[str, Any]]
+    empty: list[dict[str, Any]]
     vacant: list[tuple[dict[str, Any], str]]
     counted: list[dict[str, Any]]
     counts: list[int]
@@ -115,7 +116,8 @@ class Watch:
         """Remember the models and the pairs' tensors as they are now."""
         modules = [*model.modules()]
         containers = [module._modules for module in [*modules, *ema_model.modules()]]
-        counted = [owner for m in modules for owner in (m._parameters, m._buffers)]
+        owners = [owner for m in modules for owner in (m._parameters, m._buffers)]
+        counted = [owner for owner in owners if owner]
         # The online tensors first, those with strides to compare leading: a dense vector has one
         # stride only, and most tensors are vectors.
         matrices = [pair for pair in pairs if pair.online.dim() > 1]
@@ -135,7 +137,10 @@ class Watch:
             ],
             containers=[owner for owner in containers if owner],
             children=_contents([owner for owner in containers if owner]),
-            leaves=[module._modules for module in modules if not module._modules],
+            empty=[
+                *(owner for owner in owners if not owner),
+                *(module._modules for module in modules if not module._modules),
+            ],
             vacant=[(owner, key) for owner in counted for key in owner if owner[key] is None],
             counted=counted,
             counts=[*map(len, counted)],
@@ -151,7 +156,7 @@ class Watch:
                 or [*map(Tensor.stride, tensors[: len(self.strides)])] != self.strides
                 or any(map(_is_conj, starmap(getitem, self.complex)))
                 or _contents(self.containers) != self.children
-                or any(self.leaves)
+                or any(self.empty)
                 or not all(map(is_, starmap(getitem, self.vacant), repeat(None)))
                 or [*map(len, self.counted)] != self.counts
             )
