@@ -2,103 +2,138 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton")
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-AOT = Path(__file__).with_name("aot.py")
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+from bench.ptx import ARCHITECTURES, PAIRS, Variant, line
+
+ROOT = Path(__file__).parent.parent
+NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the compiler: TRITON_INTERPRET, which the other tests need, replaces it."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @cache
-def output(*archs: str) -> dict[str, Any]:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(AOT.parent.parent), env.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(AOT), *archs], env=env, capture_output=True, text=True, check=False
+def compiled(folder: Path) -> tuple[int, str, list[Variant]]:
+    """Exit status, printed lines and variants of the command."""
+    out = folder / "ptx.json"
+    run = python("-m", "bench", "ptx", "--arch", ",".join(NVIDIA), "--out", str(out))
+    assert not run.stderr, run.stderr
+    return run.returncode, run.stdout, [Variant(**row) for row in json.loads(out.read_text())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ptx")
+
+
+def test_every_variant_keeps_the_contract(folder: Path) -> None:
+    status, printed, variants = compiled(folder)
+    assert len(variants) == len(NVIDIA) * len(PAIRS) * 2
+    assert {str(variant): variant.shortfalls() for variant in variants} == {
+        str(variant): [] for variant in variants
+    }
+    assert status == 0
+    for variant in variants:
+        assert line(variant) in printed
+
+
+def test_what_the_contract_is(folder: Path) -> None:
+    """For one variant in plain numbers, so that the check is not its own only witness."""
+    _, _, variants = compiled(folder)
+    variant = next(v for v in variants if str(v) == "sm_90 fp32<-bf16 float momentum")
+    vectors = {access: n for access, n in variant.accesses.items() if ".v" in access}
+    assert vectors == {"ld.v4.b32": 4, "ld.v2.b32": 4, "st.v4.b32": 4}
+    assert variant.registers <= 40
+    assert (variant.shared, variant.barriers, variant.spills) == (0, 0, 0)
+
+
+GOOD = {"ld.v4.b32": 8, "st.v4.b32": 4, "ld.b32": 8, "ld.b64": 3, "st.b32": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"registers": 41}, "41 registers, more than 40"),
+        ({"shared": 1024}, "1024 bytes of shared memory"),
+        ({"barriers": 2}, "2 barriers"),
+        ({"spills": 8}, "spills of 8"),
+        ({"accesses": {**GOOD, "ld.b32": 9}}, "12 scalar ld instead of 11"),
+        ({"accesses": {**GOOD, "st.b32": 5}}, "5 scalar st instead of 4"),
+        ({"accesses": {**GOOD, "ld.v4.b32": 4}}, "8 elements loaded and 16 stored by vectors"),
+        ({"accesses": {"ld.b32": 40, "st.b32": 20}}, "vector accesses [] instead of"),
+        ({"accesses": {**GOOD, "ld.v2.b32": 1}}, "['ld.v2.b32', 'ld.v4.b32', 'st.v4.b32']"),
+    ],
+)
+def test_a_shortfall_is_noticed(change: dict, message: str) -> None:
+    good = Variant("sm_90", "fp32", "fp32", False, GOOD, 32, 0, 0, 0)
+    assert good.shortfalls() == []
+    found = replace(good, **change).shortfalls()
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_a_real_shortfall_fails_the_command() -> None:
+    """With four times the block, each thread holds more than its registers take."""
+    run = python(
+        "-c",
+        "from types import SimpleNamespace; from bench import ptx;"
+        "ptx.BLOCK = dict.fromkeys(ptx.BLOCK, 8192); ptx.PAIRS = ptx.PAIRS[:2];"
+        "ptx.main(SimpleNamespace(arch='sm_90', out=None))",
     )
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
+    assert run.returncode == 1
+    assert "sm_90 fp32<-fp32 float momentum falls short: " in run.stdout
+    assert "registers, more than 40" in run.stdout
 
 
-def compiled(*archs: str) -> list[dict[str, Any]]:
-    variants: list[dict[str, Any]] = output(*archs)["variants"]
-    assert len(variants) == len(archs) * 20
-    return variants
+SPECIALIZATIONS = """
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import create_function_from_signature
+from ema_triton.kernels import ema_update
 
+backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+bind = create_function_from_signature(ema_update.signature, ema_update.params, backend)
+table, flat = torch.zeros(3, dtype=torch.int64), torch.zeros(8)
 
-def name(variant: dict[str, Any]) -> str:
-    kind = "tensor" if variant["tensor_momentum"] else "float"
-    return f"{variant['arch']} {variant['ema']}<-{variant['online']} {kind} momentum"
+def key(value, pointer):
+    return str(bind(table, flat, value, pointer, ONLINE=tl.float32, BLOCK=2048)[1])
 
-
-def expected_vectors(ema: str, online: str) -> set[str]:
-    """The accesses of the aligned path: 128 bits, or 64 where a narrow type is read beside fp32."""
-    wide = {"fp64": "v2.b64"}.get(ema, "v4.b32")
-    online_load = "ld.v2.b32" if BYTES[online] < BYTES[ema] else f"ld.{wide}"
-    return {f"ld.{wide}", f"st.{wide}", online_load}
-
-
-def test_aligned_path_has_full_width_accesses_only() -> None:
-    for variant in compiled(*ARCHITECTURES):
-        found = {access: n for access, n in variant["accesses"].items() if ".v" in access}
-        assert set(found) == expected_vectors(variant["ema"], variant["online"]), name(variant)
-
-
-def test_scalar_accesses_are_the_exact_path_alone() -> None:
-    """Per thread: the table's row (3 x 64 bits), the momentum, and the masked path's elements.
-
-    The masked path takes a quarter of the block, so each thread a quarter of the elements that it
-    has in the aligned path, though not less than the two fp64 of a vector. More scalar accesses
-    than that would be an aligned path fallen apart.
-    """
-    for variant in compiled(*ARCHITECTURES):
-        accesses = variant["accesses"]
-        elements = {
-            side: sum(
-                count * int(width.group(1)) * int(width.group(2)) // 8
-                for access, count in accesses.items()
-                if (width := re.fullmatch(rf"{side}\.v(\d)\.b(\d+)", access))
-            )
-            for side in ("ld", "st")
-        }
-        loaded = elements["ld"] // (BYTES[variant["ema"]] + BYTES[variant["online"]])
-        stored = elements["st"] // BYTES[variant["ema"]]
-        assert loaded == stored > 0, name(variant)
-        scalar_loads = sum(n for a, n in accesses.items() if re.fullmatch(r"ld\.b\d+", a))
-        scalar_stores = sum(n for a, n in accesses.items() if re.fullmatch(r"st\.b\d+", a))
-        masked = max(stored // 4, 2)
-        assert scalar_stores == masked, name(variant)
-        assert scalar_loads == 2 * masked + 3 + variant["tensor_momentum"], name(variant)
-
-
-def test_no_shared_memory_no_barrier_no_spill_and_few_registers() -> None:
-    for variant in compiled(*ARCHITECTURES):
-        assert variant["shared"] == 0, name(variant)
-        assert variant["barriers"] == 0, name(variant)
-        resources = variant["resources"]
-        assert resources["STACK"] == resources["LOCAL"] == 0, name(variant)
-        # The driver reserves 1 KiB of shared memory per block from sm_90 on; it is not ours.
-        assert resources["SHARED"] in (0, 1024), name(variant)
-        assert resources["REG"] <= 40, f"{name(variant)}: {resources['REG']} registers"
+floats = {key(momentum, None) for momentum in (0.0, 1.0, 0.5, 1e-4, 16.0)}
+tensors = {key(0.0, torch.zeros(8)[index]) for index in range(8)}
+print(len(floats), len(tensors), len(floats | tensors))
+"""
 
 
 def test_a_new_momentum_needs_no_new_kernel() -> None:
-    """Not for another float, and not for a tensor at another alignment."""
-    assert output(*ARCHITECTURES)["keys"] == [1, 1]
+    """Triton's launcher finds one compiled kernel for any float, one for any tensor's alignment."""
+    run = python("-c", SPECIALIZATIONS)
+    assert run.stdout.split() == ["1", "1", "2"], run.stderr
 
 
 def test_compiles_for_amd() -> None:
     if triton.__version__.startswith("3.4.") and shutil.which("ld.lld") is None:
         pytest.skip("triton 3.4 links AMD code with a ROCm ld.lld of the machine")
-    assert all(variant["shared"] == 0 for variant in compiled("gfx942"))
+    run = python("-m", "bench", "ptx", "--arch", "gfx942")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("gfx942") == len(PAIRS) * 2
+    assert run.stdout.count("load.dwordx4") == len(PAIRS) * 2

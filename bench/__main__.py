@@ -1,0 +1,32 @@
+"""The command line: python -m bench run | step | ptx | report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+# The modules are imported when asked for: ptx needs no peers, report no torch device.
+COMMANDS = {
+    "run": "time one EMA update",
+    "step": "time a training step with and without EMA",
+    "ptx": "compile the kernels for other machines and look at their code",
+    "report": "write the tables and pictures of results files",
+}
+
+
+def main() -> None:
+    """Hand over to the command's module."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see `python -m bench COMMAND --help`")
+    args = parser.parse_args()
+    module = importlib.import_module(f"bench.{args.command}")
+    command = argparse.ArgumentParser(
+        prog=f"python -m bench {args.command}", description=COMMANDS[args.command]
+    )
+    module.add_arguments(command)
+    module.main(command.parse_args(args.rest))
+
+
+if __name__ == "__main__":
+    main()

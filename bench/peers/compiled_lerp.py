@@ -1,0 +1,29 @@
+"""torch.compile of the foreach lerp, its weight a tensor: a float would recompile at each value."""
+
+import torch
+from torch import Tensor, nn
+
+from bench.peers import Built, copied
+
+NAME = "torch.compile(foreach lerp)"
+
+# The generated code grows with the tensors: 1000 take Inductor most of a minute.
+LIMIT = 600
+
+
+def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
+    """Compiled at the first update."""
+    ema, online = copied(model, ema_dtype), [p.detach() for p in model.parameters()]
+    if len(ema) > LIMIT:
+        raise NotImplementedError(f"not measured: compiling {len(ema)} tensors takes minutes")
+    weight = torch.zeros((), device=ema[0].device)
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def lerp(ema: list[Tensor], online: list[Tensor], weight: Tensor) -> None:
+        difference = torch._foreach_sub(online, ema)
+        torch._foreach_add_(ema, torch._foreach_mul(difference, weight))
+
+    def update(momentum: float) -> None:
+        lerp(ema, online, weight.fill_(momentum))
+
+    return Built(update, ema)

@@ -1,0 +1,9 @@
+"""This library's reference path."""
+
+from functools import partial
+
+from bench.peers import ours_triton
+
+NAME = "ema_triton (foreach)"
+
+build = partial(ours_triton.build, backend="foreach")

@@ -1,0 +1,17 @@
+"""This library's Triton kernel."""
+
+import torch
+from torch import nn
+
+from bench.peers import Built
+from ema_triton import ModelEMA
+
+NAME = "ema_triton (triton)"
+
+
+def build(
+    model: nn.Module, momentum: float, ema_dtype: torch.dtype, backend: str = "triton"
+) -> Built:
+    """Give the update of `ModelEMA`; its momentum comes with each update."""
+    ema = ModelEMA(model, backend=backend, ema_dtype=ema_dtype)
+    return Built(ema.update, [parameter.detach() for parameter in ema.ema_model.parameters()])

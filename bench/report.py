@@ -1,0 +1,370 @@
+"""`python -m bench report`: the tables and pictures of results files, and the README's section."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.models import ARCHITECTURES, COUNTS, MANY_SMALL, SIZES
+from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, StepRow
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- python -m bench report -->", "<!-- end of the report -->"
+
+# The figure that tables and pictures show, by kind of device.
+MAIN_FIGURE = {"cpu": "wall", "cuda": "device"}
+
+# Peers whose time a changing momentum raises by more than this are named.
+CHANGING_COSTS = 1.25
+
+OURS = ("ema_triton (triton)", "ema_triton (foreach)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the pictures go")
+    parser.add_argument("--readme", type=Path, default=README, help="whose section is replaced")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw the pictures, replace the README's section."""
+    found = [Results.load(path) for path in args.files]
+    for results in found:
+        for path in draw(results, args.out):
+            print(f"picture: {path}")
+    text = args.readme.read_text()
+    args.readme.write_text(with_section(text, section(found)))
+    print(f"section: {args.readme}")
+
+
+def with_section(readme: str, new: str) -> str:
+    """The README with `new` between its markers.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"The README must have the lines {BEGIN} and {END}, in this order.")
+    return f"{before}{begin}\n{new}\n{end}{after}"
+
+
+def section(found: list[Results]) -> str:
+    """The README's section about speed: what was measured, and what was not."""
+    parts = []
+    if not any(results.machine.device == "cuda" for results in found):
+        parts.append(
+            "**No GPU has been measured yet**, so no figure for one is claimed. `python -m bench "
+            "run` on a machine with one measures it."
+        )
+    for results in found:
+        heading = "One update" if results.kind == "update" else "A training step"
+        parts += [f"### {heading} on {results.machine.name}", table(results)]
+        if results.kind == "update":
+            parts.append(
+                "\n".join(f"![{title}]({path})" for title, path in _pictures(results).items())
+            )
+    return "\n\n".join(parts)
+
+
+def table(results: Results) -> str:
+    """What was measured, as markdown."""
+    if results.kind == "step":
+        return _step_tables(results)
+    return "\n\n".join([_provenance(results), *_update_tables(results), _remarks(results)])
+
+
+def _provenance(results: Results) -> str:
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
+    driver = f", driver {machine.driver}, CUDA {machine.cuda}" if machine.driver else ""
+    return (
+        f"{machine.name}, {machine.memory / 2**30:.0f} GiB, {machine.cores} CPU cores{driver}; "
+        f"Python {machine.python}, {versions}; commit {results.commit}, {results.date}."
+    )
+
+
+def _update_tables(results: Results) -> list[str]:
+    """Per case a table of peers by models, each cell a median."""
+    figure = MAIN_FIGURE[results.machine.device]
+    shown = [model.name for model in [*ARCHITECTURES, MANY_SMALL]]
+    tables = []
+    for case in dict.fromkeys(row.case for row in results.rows):
+        rows = [row for row in results.rows if row.case == case and row.schedule == "constant"]
+        models = [name for name in shown if any(r.model == name and r.times for r in rows)]
+        models = models or [*dict.fromkeys(row.model for row in rows if row.times)]
+        cells = {(row.peer, row.model): row for row in rows}
+        names = [n for n in dict.fromkeys(r.peer for r in rows if r.model in models) if n != AGAIN]
+        names.sort(key=lambda name: name == LIMIT)
+        lines = [
+            f"**{case}** (EMA ← online), constant λ; milliseconds, and times the fastest of ours",
+            "",
+            "| | " + " | ".join(models) + " |",
+            "|---|" + "---|" * len(models),
+        ]
+        for name in names:
+            found = [cells.get((name, model)) for model in models]
+            if not any(row and row.times for row in found):
+                continue  # the remarks say why
+            texts = [
+                _cell(row, _best(cells, model), figure)
+                for row, model in zip(found, models, strict=True)
+            ]
+            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+        tables.append("\n".join(lines))
+    return tables
+
+
+def _best(cells: dict[tuple[str, str], Row], model: str) -> Row | None:
+    """The fastest of our backends on this model."""
+    ours = [row for name in OURS if (row := cells.get((name, model))) and row.times]
+    return min(ours, key=lambda row: _median(row), default=None)
+
+
+def _median(row: Row) -> float:
+    figure = "device" if "device" in row.times else "wall"
+    return row.times[figure].median
+
+
+def _cell(row: Row | None, best: Row | None, figure: str) -> str:
+    if row is None or not row.times:
+        return row.status if row else "–"
+    text = _milliseconds(row.times[figure].median)
+    if best is not None and row is not best:
+        text += f" ({_ratio(row.times[figure].median / best.times[figure].median)}×)"
+    return text
+
+
+def _milliseconds(microseconds: float) -> str:
+    return f"{microseconds / 1e3:.3g}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2f}"
+
+
+def _remarks(results: Results) -> str:
+    """What the tables leave out: noise, rates, changing momenta, refusals."""
+    figure = MAIN_FIGURE[results.machine.device]
+    timed = [row for row in results.rows if row.times]
+    counts = [row.times[figure].count for row in timed]
+    lines = [
+        f"- Each is the median of {min(counts)} to {max(counts)} updates, caches flushed before "
+        "each, peers taking turns; every peer's EMA was held against float64 first."
+    ]
+    noise = _noise(results)
+    if noise:
+        lines.append(
+            f"- Noise: two timings of the same update differ by {statistics.median(noise):.0%} "
+            f"(median over models and cases), at most by {max(noise):.0%}."
+        )
+    if best := _share_of_copy(results):
+        row, share = best
+        rate = row.bytes / row.times[figure].median / 1e3
+        lines.append(
+            f"- The largest model measured, {row.model} {row.case}: {rate:.3g} GB/s, "
+            f"{share:.0%} of a copy of as many bytes, by {row.peer}."
+        )
+    lines += _changing(results, figure)
+    reasons: dict[str, dict[str, None]] = {}
+    for row in results.rows:
+        if row.status != "timed":
+            where = {"skipped": f"{row.model} {row.case}"}.get(row.status, row.peer)
+            if row.schedule == "constant":
+                reasons.setdefault(f"{where}: {row.status}, {row.reason}", {})[row.case] = None
+    for reason, cases in reasons.items():
+        lines.append(f"- {reason.rstrip('.')} ({', '.join(cases)}).")
+    return "\n".join(lines)
+
+
+def _noise(results: Results) -> list[float]:
+    """How far the second timing of the first peer is from the first, by model and case."""
+    figure = MAIN_FIGURE[results.machine.device]
+    first: dict[tuple[str, str], Row] = {}
+    found = []
+    for row in results.rows:
+        key = (row.model, row.case)
+        if row.peer == AGAIN and key in first:
+            other = first[key].times[figure].median
+            found.append(abs(row.times[figure].median / other - 1))
+        elif row.times and row.peer != LIMIT:
+            first.setdefault(key, row)
+    return found
+
+
+def _share_of_copy(results: Results) -> tuple[Row, float] | None:
+    """Our fastest row on the largest model, and the share of the copy's rate that it reaches."""
+    limits = {(row.model, row.case): row for row in results.rows if row.peer == LIMIT and row.times}
+    ours = [
+        row
+        for row in results.rows
+        if row.peer in OURS and row.times and row.schedule == "constant" and row.case == "fp32<-fp32"
+    ]
+    if not ours:
+        return None
+    row = max(ours, key=lambda row: (row.bytes, -_median(row)))
+    return row, _median(limits[row.model, row.case]) / _median(row)
+
+
+def _changing(results: Results, figure: str) -> list[str]:
+    """What a momentum that changes at every update does to the peers."""
+    times: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    refused: dict[str, str] = {}
+    for row in results.rows:
+        if row.times:
+            key = (row.model, row.case)
+            times.setdefault(row.peer, {}).setdefault(key, {})[row.schedule] = row.times[
+                figure
+            ].median
+        elif row.schedule == "changing":
+            refused[row.peer] = row.reason
+    lines = [f"- {peer}: no λ that changes, {reason}." for peer, reason in refused.items()]
+    for peer, models in times.items():
+        ratios = [
+            both["changing"] / both["constant"] for both in models.values() if len(both) == 2
+        ]
+        if ratios and statistics.median(ratios) > CHANGING_COSTS:
+            ratio = _ratio(statistics.median(ratios))
+            lines.append(f"- {peer}: a λ that changes at every update costs {ratio}× as much.")
+    return lines or ["- A λ that changes at every update costs no peer more."]
+
+
+def _step_tables(results: Results) -> str:
+    rows: list[StepRow] = results.rows
+    models = [*dict.fromkeys(row.model for row in rows)]
+    cells = {(row.peer, row.model): row for row in rows}
+    lines = [
+        _provenance(results),
+        "",
+        "A step is forward, backward and AdamW in fp32; milliseconds that the EMA adds to it, "
+        "and percent of the step.",
+        "",
+        "| | " + " | ".join(models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for peer in dict.fromkeys(row.peer for row in rows):
+        texts = []
+        for model in models:
+            row, bare = cells[peer, model], cells[NO_EMA, model]
+            if row.step is None or bare.step is None:
+                texts.append(row.status)
+            elif peer == NO_EMA:
+                texts.append(f"step: {_milliseconds(row.step.median)}")
+            else:
+                added = row.step.median - bare.step.median
+                texts.append(f"{added / 1e3:+.2f} ({added / bare.step.median:+.1%})")
+        lines.append(f"| {peer} | " + " | ".join(texts) + " |")
+    reasons = dict.fromkeys(
+        f"- {row.peer}: {row.status}, {row.reason}." for row in rows if row.step is None
+    )
+    if reasons:
+        lines += ["", *reasons]
+    return "\n".join(lines)
+
+
+def _pictures(results: Results) -> dict[str, str]:
+    """Titles and paths, seen from the README, of the pictures that `draw` makes."""
+    folder = FOLDER.relative_to(ROOT)
+    titles = {
+        "speedup": "Time of one update, relative to ours",
+        "bandwidth": "Share of the copy's bandwidth against the number of parameters",
+        "tensors": "Microseconds against the number of tensors",
+    }
+    return {
+        title: f"{folder}/{results.machine.slug}-{name}.png" for name, title in titles.items()
+    }
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw the pictures of an "update" run into the folder; return their paths."""
+    if results.kind != "update":
+        return []
+    paths = []
+    for drawing, (title, path) in zip(
+        (_draw_speedup, _draw_bandwidth, _draw_tensors), _pictures(results).items(), strict=True
+    ):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        drawing(results, axes)
+        axes.set_title(f"{title}\n{results.machine.name}", fontsize=10)
+        paths.append(folder / Path(path).name)
+        figure.savefig(paths[-1], dpi=130)
+    return paths
+
+
+def _timed(results: Results, models: list[str]) -> dict[str, dict[str, Row]]:
+    """Rows of the first case, constant momentum, by peer and model."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in results.rows:
+        if row.times and row.model in models and row.schedule == "constant" and row.peer != AGAIN:
+            if row.case == "fp32<-fp32":
+                found.setdefault(row.peer, {})[row.model] = row
+    return found
+
+
+def _draw_speedup(results: Results, axes: Axes) -> None:
+    models = [model.name for model in [*ARCHITECTURES, MANY_SMALL]]
+    timed = _timed(results, models)
+    models = [name for name in models if any(name in rows for rows in timed.values())]
+    cells = {(peer, model): row for peer, rows in timed.items() for model, row in rows.items()}
+    peers = [peer for peer in timed if peer not in (LIMIT, *OURS)]
+    height = 0.8 / max(len(peers), 1)
+    for index, peer in enumerate(peers):
+        where, ratios = [], []
+        for place, model in enumerate(models):
+            best, row = _best(cells, model), cells.get((peer, model))
+            if best is not None and row is not None:
+                where.append(place + (index - (len(peers) - 1) / 2) * height)
+                ratios.append(_median(row) / _median(best))
+        axes.barh(where, ratios, height * 0.9, label=peer, color=f"C{index}")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("times as long as ours (fp32←fp32)")
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    axes.grid(axis="x", alpha=0.3, which="both")
+
+
+def _draw_bandwidth(results: Results, axes: Axes) -> None:
+    timed = _timed(results, [model.name for model in SIZES])
+    limits = timed.get(LIMIT, {})
+    for peer, rows in timed.items():
+        if peer != LIMIT:
+            shares = [100 * _median(limits[name]) / _median(row) for name, row in rows.items()]
+            _line(axes, peer, [row.elements for row in rows.values()], shares)
+    axes.axhline(100, color="black", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("parameters, in one tensor (fp32←fp32)")
+    axes.set_ylabel("% of a copy of the same bytes")
+    _finish(axes)
+
+
+def _draw_tensors(results: Results, axes: Axes) -> None:
+    figure = {"cpu": "wall", "cuda": "host"}[results.machine.device]
+    for peer, rows in _timed(results, [model.name for model in COUNTS]).items():
+        if peer != LIMIT:
+            times = [row.times[figure].median for row in rows.values()]
+            _line(axes, peer, [row.tensors for row in rows.values()], times)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tensors of 1024 elements (fp32←fp32)")
+    axes.set_ylabel(f"{figure} time, microseconds")
+    _finish(axes)
+
+
+def _line(axes: Axes, peer: str, x: list[int], y: list[float]) -> None:
+    ours = peer in OURS
+    axes.plot(x, y, marker="o", markersize=4, label=peer, linewidth=3 if ours else 1)
+
+
+def _finish(axes: Axes) -> None:
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,216 @@
+"""`python -m bench run`: the time of one EMA update, ours and every peer's, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench import gate, measure, peers, report
+from bench.machine import available_memory, commit, describe
+from bench.measure import Stopwatch, Subject, momenta
+from bench.models import MODELS, Model, make_module
+from bench.results import AGAIN, FOLDER, LIMIT, Results, Row, Spread
+
+# EMA dtype, online dtype.
+CASES = {
+    "fp32<-fp32": (torch.float32, torch.float32),
+    "fp32<-bf16": (torch.float32, torch.bfloat16),
+    "bf16<-bf16": (torch.bfloat16, torch.bfloat16),
+}
+SCHEDULES = ("constant", "changing")
+
+# A full run takes ROUNDS samples of each subject, or as many as fit into SECONDS per model, case
+# and group of peers; a quick one QUICK_ROUNDS.
+ROUNDS = 30
+SECONDS = 20.0
+QUICK_ROUNDS = 5
+QUICK_SECONDS = 2.0
+QUICK_MODELS = ("resnet50", "1000x64")
+
+# Inductor alone would take a quick run's minute.
+QUICK_PEERS = tuple(key for key in peers.PEERS if key != "compiled_lerp")
+
+# What is left to the system and to fragmentation.
+MEMORY_SHARE = 0.85
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument("--models", help="comma-separated; 'all'; default: all, on a CPU the small")
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers.PEERS)}")
+    parser.add_argument("--quick", action="store_true", help="a first look, within a minute")
+    parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/<machine>.json")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print a table, write the results file; a quick run only writes one if told to."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    models = selected_models(args.models, quick=args.quick, on_cpu=device.type == "cpu")
+    keys = selected(args.peers, QUICK_PEERS if args.quick else peers.PEERS, peers.PEERS)
+    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    seconds = QUICK_SECONDS if args.quick else SECONDS
+    machine = describe(device)
+    stopwatch = Stopwatch(device, machine.cache)
+
+    rows: list[Row] = []
+    jobs = [(model, case) for model in models for case in CASES]
+    with tqdm(jobs, unit="case") as bar:
+        for model, case in bar:
+            bar.set_description(f"{model.name} {case}")
+            rows += measured(model, case, keys, stopwatch, rounds, seconds)
+    results = Results("update", machine, commit(), date.today().isoformat(), rows)
+    print(report.table(results))
+    out = args.out or (None if args.quick else FOLDER / f"{machine.slug}.json")
+    if out is not None:
+        results.save(out)
+        print(f"\nresults: {out}")
+
+
+def selected(asked: str | None, default: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
+    """The names on the command line; exits with the known ones where one is unknown."""
+    if asked is None:
+        return [*default]
+    if asked == "all":
+        return [*known]
+    names = asked.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"unknown: {', '.join(unknown)}. Known are: {', '.join(known)}")
+    return names
+
+
+def selected_models(asked: str | None, *, quick: bool, on_cpu: bool) -> list[Model]:
+    """The models to measure."""
+    default = tuple(name for name, model in MODELS.items() if not (on_cpu and model.big))
+    names = selected(asked, QUICK_MODELS if quick else default, tuple(MODELS))
+    return [MODELS[name] for name in names]
+
+
+def moved_bytes(elements: int, case: str) -> int:
+    """Bytes that one update must move: the online weights once in, the EMA once in and once out."""
+    ema_dtype, online_dtype = CASES[case]
+    return elements * (online_dtype.itemsize + 2 * ema_dtype.itemsize)
+
+
+def groups(model: Model, case: str, keys: list[str], memory: int) -> list[list[str]]:
+    """The peers that are timed in turns: all, or as many at once as the memory can hold.
+
+    Each peer has its EMA. Beside them stand the online model, the copy's two buffers, and what a
+    peer makes for a while: a copy of the model before it is cast, a difference, an average.
+    """
+    ema_dtype, online_dtype = CASES[case]
+    online, ema = model.elements * online_dtype.itemsize, model.elements * ema_dtype.itemsize
+    copies = 2 * min(moved_bytes(model.elements, case) // 2, measure.COPY_BUFFER)
+    room = int(MEMORY_SHARE * memory) - online - copies - 2 * max(ema, online)
+    at_once = room // ema
+    return [keys[start : start + at_once] for start in range(0, len(keys), max(at_once, 1))]
+
+
+def measured(
+    model: Model, case: str, keys: list[str], stopwatch: Stopwatch, rounds: int, seconds: float
+) -> Iterator[Row]:
+    """The rows of one model in one case."""
+    device = stopwatch.device
+    memory = available_memory(device)
+    facts = {"model": model.name, "tensors": len(model.shapes), "elements": model.elements}
+    facts |= {"case": case, "bytes": moved_bytes(model.elements, case)}
+    together = groups(model, case, keys, memory)
+    if not all(together):
+        reason = f"it does not fit into the {memory / 2**30:.1f} GiB of memory that are free"
+        yield Row(**facts, schedule="constant", peer=LIMIT, status="skipped", reason=reason)
+        return
+    online = make_module(model, CASES[case][1], device)
+    for group in together:
+        yield from _measured_together(facts, online, group, stopwatch, rounds, seconds)
+
+
+def _measured_together(
+    facts: dict,
+    online: nn.Module,
+    keys: list[str],
+    stopwatch: Stopwatch,
+    rounds: int,
+    seconds: float,
+) -> Iterator[Row]:
+    limit = Row(**facts, schedule="constant", peer=LIMIT, status="timed")
+    waiting = {LIMIT: limit}
+    subjects = {LIMIT: _subject(measure.copy_of(facts["bytes"], stopwatch.device), stopwatch)}
+    for key in keys:
+        for row, subject in _built(facts, online, key, stopwatch):
+            if subject is None:
+                yield row
+                continue
+            name = f"{row.peer}, {row.schedule}"
+            waiting[name], subjects[name] = row, subject
+            if AGAIN not in subjects:
+                waiting[AGAIN] = Row(**facts, schedule="constant", peer=AGAIN, status="timed")
+                subjects[AGAIN] = subject
+    samples = measure.interleaved(subjects, stopwatch.sample, rounds, seconds)
+    for name, row in waiting.items():
+        times = {figure: Spread.of(values) for figure, values in samples[name].items()}
+        yield Row(**{**vars(row), "times": times})
+
+
+def _built(
+    facts: dict, online: nn.Module, key: str, stopwatch: Stopwatch
+) -> Iterator[tuple[Row, Subject | None]]:
+    """A peer's rows, one per schedule; each with the subject to time, unless there is none."""
+    row = {**facts, "schedule": "constant", "peer": key, "status": "error"}
+    try:
+        peer = peers.load(key)
+    except ImportError as error:
+        yield Row(**{**row, "status": "absent", "reason": _told(error)}), None
+        return
+    row["peer"] = peer.NAME
+    first_momentum = next(momenta("constant"))
+    try:
+        ema_dtype, _ = CASES[facts["case"]]
+        with torch.no_grad():
+            built = peer.build(online, first_momentum, ema_dtype)
+            start = time.perf_counter()
+            built.update(first_momentum)
+            if stopwatch.device.type == "cuda":
+                torch.cuda.synchronize()
+            row["first_update"] = 1e6 * (time.perf_counter() - start)
+    except Exception as error:  # whatever a peer raises is a finding
+        yield Row(**{**row, "reason": _told(error)}), None
+        return
+    for schedule in SCHEDULES:
+        row |= {"schedule": schedule, "status": "error", "reason": ""}
+        values = momenta(schedule)
+        try:
+            with torch.no_grad():
+                fault = gate.fault(built, online, (next(values), next(values)))
+            if fault is not None:
+                yield Row(**{**row, "status": "wrong", "reason": fault}), None
+                continue
+            subject = _subject(lambda v=values: built.update(next(v)), stopwatch)
+            if stopwatch.device.type == "cuda":
+                row["launches"] = measure.launches(subject.update)
+                row["extra_memory"] = measure.extra_memory(subject.update)
+        except Exception as error:
+            yield Row(**{**row, "reason": _told(error)}), None
+            continue
+        yield Row(**{**row, "status": "timed"}), subject
+
+
+def _subject(update: measure.Update, stopwatch: Stopwatch) -> Subject:
+    @torch.no_grad()
+    def without_autograd() -> None:
+        update()
+
+    if stopwatch.device.type != "cuda":
+        return Subject(without_autograd)
+    return Subject(without_autograd, measure.captured(without_autograd))
+
+
+def _told(error: Exception) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first_line}"[:200]
