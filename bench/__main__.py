@@ -17,8 +17,12 @@ COMMANDS = {
 def main() -> None:
     """Hand over to the command's module."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items())))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see `python -m bench COMMAND --help`")
+    parser.add_argument(
+        "command", choices=COMMANDS, help="; ".join(map(": ".join, COMMANDS.items()))
+    )
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, help="see `python -m bench COMMAND --help`"
+    )
     args = parser.parse_args()
     module = importlib.import_module(f"bench.{args.command}")
     command = argparse.ArgumentParser(

@@ -109,9 +109,7 @@ class Variant:
             found.append(f"{loaded} elements loaded and {stored} stored by vectors")
         masked = max(stored // 4, 2)
         for op, most in (("ld", 2 * masked + 3 + self.tensor_momentum), ("st", masked)):
-            scalars = sum(
-                n for access, n in self.accesses.items() if access.startswith(f"{op}.b")
-            )
+            scalars = sum(n for access, n in self.accesses.items() if access.startswith(f"{op}.b"))
             if scalars != most:
                 found.append(f"{scalars} scalar {op} instead of {most}")
         return found
@@ -162,7 +160,9 @@ def compiled(arch: str, ema: str, online: str, *, tensor_momentum: bool) -> Vari
     """Compile one variant as the launcher would specialise it, and look at its code."""
     kernel = _compile(arch, ema, online, tensor_momentum)
     look = _nvidia if arch.startswith("sm_") else _amd
-    return Variant(arch, ema, online, tensor_momentum, shared=kernel.metadata.shared, **look(kernel))
+    return Variant(
+        arch, ema, online, tensor_momentum, shared=kernel.metadata.shared, **look(kernel)
+    )
 
 
 def _compile(arch: str, ema: str, online: str, tensor_momentum: bool) -> CompiledKernel:

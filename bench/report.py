@@ -205,7 +205,10 @@ def _share_of_copy(results: Results) -> tuple[Row, float] | None:
     ours = [
         row
         for row in results.rows
-        if row.peer in OURS and row.times and row.schedule == "constant" and row.case == "fp32<-fp32"
+        if row.peer in OURS
+        and row.times
+        and row.schedule == "constant"
+        and row.case == "fp32<-fp32"
     ]
     if not ours:
         return None
@@ -227,9 +230,7 @@ def _changing(results: Results, figure: str) -> list[str]:
             refused[row.peer] = row.reason
     lines = [f"- {peer}: no λ that changes, {reason}." for peer, reason in refused.items()]
     for peer, models in times.items():
-        ratios = [
-            both["changing"] / both["constant"] for both in models.values() if len(both) == 2
-        ]
+        ratios = [both["changing"] / both["constant"] for both in models.values() if len(both) == 2]
         if ratios and statistics.median(ratios) > CHANGING_COSTS:
             ratio = _ratio(statistics.median(ratios))
             lines.append(f"- {peer}: a λ that changes at every update costs {ratio}× as much.")
@@ -243,8 +244,9 @@ def _step_tables(results: Results) -> str:
     lines = [
         _provenance(results),
         "",
-        "A step is forward, backward and AdamW in fp32; milliseconds that the EMA adds to it, "
-        "and percent of the step.",
+        "A step is forward, backward and AdamW in fp32; milliseconds that the EMA adds to it "
+        "(median over rounds), and percent of the step. What the second timing without EMA adds, "
+        f"{AGAIN}, is noise.",
         "",
         "| | " + " | ".join(models) + " |",
         "|---|" + "---|" * len(models),
@@ -253,12 +255,12 @@ def _step_tables(results: Results) -> str:
         texts = []
         for model in models:
             row, bare = cells[peer, model], cells[NO_EMA, model]
-            if row.step is None or bare.step is None:
+            if row.step is None or row.added is None or bare.step is None:
                 texts.append(row.status)
             elif peer == NO_EMA:
                 texts.append(f"step: {_milliseconds(row.step.median)}")
             else:
-                added = row.step.median - bare.step.median
+                added = row.added.median
                 texts.append(f"{added / 1e3:+.2f} ({added / bare.step.median:+.1%})")
         lines.append(f"| {peer} | " + " | ".join(texts) + " |")
     reasons = dict.fromkeys(
@@ -277,9 +279,7 @@ def _pictures(results: Results) -> dict[str, str]:
         "bandwidth": "Share of the copy's bandwidth against the number of parameters",
         "tensors": "Microseconds against the number of tensors",
     }
-    return {
-        title: f"{folder}/{results.machine.slug}-{name}.png" for name, title in titles.items()
-    }
+    return {title: f"{folder}/{results.machine.slug}-{name}.png" for name, title in titles.items()}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -303,9 +303,9 @@ def _timed(results: Results, models: list[str]) -> dict[str, dict[str, Row]]:
     """Rows of the first case, constant momentum, by peer and model."""
     found: dict[str, dict[str, Row]] = {}
     for row in results.rows:
-        if row.times and row.model in models and row.schedule == "constant" and row.peer != AGAIN:
-            if row.case == "fp32<-fp32":
-                found.setdefault(row.peer, {})[row.model] = row
+        shown = row.case == "fp32<-fp32" and row.schedule == "constant" and row.peer != AGAIN
+        if row.times and shown and row.model in models:
+            found.setdefault(row.peer, {})[row.model] = row
     return found
 
 

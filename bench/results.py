@@ -82,7 +82,11 @@ AGAIN = "(again)"
 
 @dataclass(frozen=True)
 class StepRow:
-    """A training step with one peer's update, or with none, in microseconds."""
+    """A training step with one peer's update, or with none, in microseconds.
+
+    `added` holds differences to the step without EMA, each to those of the same round: a machine
+    that is slower for a second is so for both.
+    """
 
     model: str
     elements: int
@@ -90,6 +94,7 @@ class StepRow:
     status: str
     reason: str = ""
     step: Spread | None = None
+    added: Spread | None = None
 
 
 # The training step without any EMA, timed twice.
@@ -144,8 +149,8 @@ def _row(data: dict[str, Any]) -> Row:
 
 
 def _step_row(data: dict[str, Any]) -> StepRow:
-    spread = data.pop("step")
-    return StepRow(**data, step=spread and Spread(**spread))
+    spreads = {key: value and Spread(**value) for key in ("step", "added") for value in [data[key]]}
+    return StepRow(**{**data, **spreads})
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ SCHEDULES = ("constant", "changing")
 # A full run takes ROUNDS samples of each subject, or as many as fit into SECONDS per model, case
 # and group of peers; a quick one QUICK_ROUNDS.
 ROUNDS = 30
-SECONDS = 20.0
+SECONDS = 10.0
 QUICK_ROUNDS = 5
 QUICK_SECONDS = 2.0
 QUICK_MODELS = ("resnet50", "1000x64")
@@ -141,7 +142,8 @@ def _measured_together(
 ) -> Iterator[Row]:
     limit = Row(**facts, schedule="constant", peer=LIMIT, status="timed")
     waiting = {LIMIT: limit}
-    subjects = {LIMIT: _subject(measure.copy_of(facts["bytes"], stopwatch.device), stopwatch)}
+    copy = measure.copy_of(facts["bytes"], stopwatch.device)
+    subjects = {LIMIT: _subject(copy, stopwatch, graph=True)}
     for key in keys:
         for row, subject in _built(facts, online, key, stopwatch):
             if subject is None:
@@ -166,7 +168,7 @@ def _built(
     try:
         peer = peers.load(key)
     except ImportError as error:
-        yield Row(**{**row, "status": "absent", "reason": _told(error)}), None
+        yield Row(**{**row, "status": "absent", "reason": told(error)}), None
         return
     row["peer"] = peer.NAME
     first_momentum = next(momenta("constant"))
@@ -180,7 +182,7 @@ def _built(
                 torch.cuda.synchronize()
             row["first_update"] = 1e6 * (time.perf_counter() - start)
     except Exception as error:  # whatever a peer raises is a finding
-        yield Row(**{**row, "reason": _told(error)}), None
+        yield Row(**{**row, "reason": told(error)}), None
         return
     for schedule in SCHEDULES:
         row |= {"schedule": schedule, "status": "error", "reason": ""}
@@ -191,26 +193,33 @@ def _built(
             if fault is not None:
                 yield Row(**{**row, "status": "wrong", "reason": fault}), None
                 continue
-            subject = _subject(lambda v=values: built.update(next(v)), stopwatch)
+            update = partial(_next_update, built, values)
+            subject = _subject(update, stopwatch, graph=schedule == "constant")
             if stopwatch.device.type == "cuda":
                 row["launches"] = measure.launches(subject.update)
                 row["extra_memory"] = measure.extra_memory(subject.update)
         except Exception as error:
-            yield Row(**{**row, "reason": _told(error)}), None
+            yield Row(**{**row, "reason": told(error)}), None
             continue
         yield Row(**{**row, "status": "timed"}), subject
 
 
-def _subject(update: measure.Update, stopwatch: Stopwatch) -> Subject:
+def _next_update(built: peers.Built, momenta: Iterator[float]) -> None:
+    built.update(next(momenta))
+
+
+def _subject(update: measure.Update, stopwatch: Stopwatch, *, graph: bool) -> Subject:
     @torch.no_grad()
     def without_autograd() -> None:
         update()
 
-    if stopwatch.device.type != "cuda":
+    # A graph replays the momentum it was captured with.
+    if not graph or stopwatch.device.type != "cuda":
         return Subject(without_autograd)
     return Subject(without_autograd, measure.captured(without_autograd))
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """An exception in one line of a table."""
     first_line = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {first_line}"[:200]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from bench.ptx import ARCHITECTURES, PAIRS, Variant, line
 

@@ -62,5 +62,3 @@ def copied(model: nn.Module, ema_dtype: torch.dtype) -> list[Tensor]:
 def cast(ema_model: nn.Module, ema_dtype: torch.dtype) -> list[Tensor]:
     """Cast a peer's EMA model in place, and return its parameters."""
     return [parameter.detach() for parameter in ema_model.to(ema_dtype).parameters()]
-
-

@@ -1,4 +1,4 @@
-"""Cast the online model to the EMA's dtype, then torch._foreach_lerp_: the way around its refusal."""
+"""Cast the online model to the EMA's dtype, then torch._foreach_lerp_: around its refusal."""
 
 import torch
 from torch import nn
