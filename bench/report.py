@@ -9,18 +9,30 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.models import ARCHITECTURES, COUNTS, MANY_SMALL, SIZES
+from bench.models import ARCHITECTURES, COUNTS, MANY_SMALL, SIZES, Model
 from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, StepRow
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- python -m bench report -->", "<!-- end of the report -->"
 
-# The figure that tables and pictures show, by kind of device.
-MAIN_FIGURE = {"cpu": "wall", "cuda": "device"}
+# What is measured, by kind of device; the first is shown for every case and in the pictures.
+FIGURES = {
+    "cpu": {"wall": "one update", "repeated": "one of several updates in a row, caches warm"},
+    "cuda": {
+        "device": "device time of an eager update",
+        "graph": "device time of a replayed CUDA graph",
+        "host": "host time until the call returns",
+    },
+}
+MAIN_FIGURE = {device: next(iter(figures)) for device, figures in FIGURES.items()}
+FIRST_CASE = "fp32<-fp32"
 
 # Peers whose time a changing momentum raises by more than this are named.
 CHANGING_COSTS = 1.25
+
+# What the tables and the first picture show; the sweeps have a picture each.
+SPEEDUP = [*ARCHITECTURES, MANY_SMALL]
 
 OURS = ("ema_triton (triton)", "ema_triton (foreach)")
 
@@ -69,7 +81,10 @@ def section(found: list[Results]) -> str:
         parts += [f"### {heading} on {results.machine.name}", table(results)]
         if results.kind == "update":
             parts.append(
-                "\n".join(f"![{title}]({path})" for title, path in _pictures(results).items())
+                "\n".join(
+                    f"![{title}]({path.relative_to(ROOT)})"
+                    for title, path in _pictures(results).values()
+                )
             )
     return "\n\n".join(parts)
 
@@ -92,54 +107,115 @@ def _provenance(results: Results) -> str:
 
 
 def _update_tables(results: Results) -> list[str]:
-    """Per case a table of peers by models, each cell a median."""
+    """Tables of peers by models: every figure of the first case, the main one of the others."""
+    figures = FIGURES[results.machine.device]
+    cases = dict.fromkeys(row.case for row in results.rows)
+    tables = [
+        _update_table(results, case, figure, meaning)
+        for case in cases
+        for figure, meaning in figures.items()
+        if case == FIRST_CASE or figure == MAIN_FIGURE[results.machine.device]
+    ]
+    if results.machine.device == "cuda":
+        tables.append(_cost_table(results))
+    return [*tables, _rate_table(results)]
+
+
+def _rate_table(results: Results) -> str:
+    """How close ours comes to the memory's limit, in every case."""
     figure = MAIN_FIGURE[results.machine.device]
-    shown = [model.name for model in [*ARCHITECTURES, MANY_SMALL]]
-    tables = []
-    for case in dict.fromkeys(row.case for row in results.rows):
-        rows = [row for row in results.rows if row.case == case and row.schedule == "constant"]
-        models = [name for name in shown if any(r.model == name and r.times for r in rows)]
-        models = models or [*dict.fromkeys(row.model for row in rows if row.times)]
-        cells = {(row.peer, row.model): row for row in rows}
-        names = [n for n in dict.fromkeys(r.peer for r in rows if r.model in models) if n != AGAIN]
-        names.sort(key=lambda name: name == LIMIT)
-        lines = [
-            f"**{case}** (EMA ← online), constant λ; milliseconds, and times the fastest of ours",
-            "",
-            "| | " + " | ".join(models) + " |",
-            "|---|" + "---|" * len(models),
+    cases = [*dict.fromkeys(row.case for row in results.rows)]
+    models = _grid(results, cases[0], figure)[0]
+    lines = ["**Ours**, GB/s of the bytes that must move, and share of a copy of as many bytes"]
+    lines += ["", *_head(models)]
+    for case in cases:
+        _, _, cells = _grid(results, case, figure)
+        texts = []
+        for model in models:
+            best, limit = _best(cells, model, figure), cells.get((LIMIT, model))
+            if best is None or limit is None:
+                texts.append("–")
+            else:
+                rate = best.bytes / _median(best) / 1e3
+                texts.append(f"{rate:.3g}, {_median(limit) / _median(best):.0%}")
+        lines.append(f"| {case} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _update_table(results: Results, case: str, figure: str, meaning: str) -> str:
+    """Medians of one figure in one case."""
+    models, names, cells = _grid(results, case, figure)
+    lines = [f"**{case}** (EMA ← online), {meaning}; milliseconds, and times the fastest of ours"]
+    lines += ["", *_head(models)]
+    for name in names:
+        texts = [
+            _cell(cells.get((name, model)), _best(cells, model, figure), figure) for model in models
         ]
-        for name in names:
-            found = [cells.get((name, model)) for model in models]
-            if not any(row and row.times for row in found):
-                continue  # the remarks say why
-            texts = [
-                _cell(row, _best(cells, model), figure)
-                for row, model in zip(found, models, strict=True)
-            ]
-            lines.append(f"| {name} | " + " | ".join(texts) + " |")
-        tables.append("\n".join(lines))
-    return tables
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
-def _best(cells: dict[tuple[str, str], Row], model: str) -> Row | None:
-    """The fastest of our backends on this model."""
-    ours = [row for name in OURS if (row := cells.get((name, model))) and row.times]
-    return min(ours, key=lambda row: _median(row), default=None)
+def _cost_table(results: Results) -> str:
+    """What else an update costs on a GPU."""
+    models, names, cells = _grid(results, FIRST_CASE, "device")
+    lines = [
+        f"**{FIRST_CASE}**, launches and extra MiB per update; the first update's milliseconds"
+    ]
+    lines += ["", *_head(models)]
+    for name in names:
+        if name == LIMIT:
+            continue
+        texts = []
+        for model in models:
+            row = cells.get((name, model))
+            if row is None or None in (row.launches, row.extra_memory, row.first_update):
+                texts.append("–")
+            else:
+                memory, first = row.extra_memory / 2**20, row.first_update / 1e3
+                texts.append(f"{row.launches}; {memory:.3g}; {first:.3g}")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
-def _median(row: Row) -> float:
-    figure = "device" if "device" in row.times else "wall"
-    return row.times[figure].median
+def _grid(
+    results: Results, case: str, figure: str
+) -> tuple[list[str], list[str], dict[tuple[str, str], Row]]:
+    """Models, peers, and the rows of both where the figure was timed with a constant momentum."""
+    rows = [
+        row
+        for row in results.rows
+        if row.case == case and row.schedule == "constant" and figure in row.times
+    ]
+    measured = dict.fromkeys(row.model for row in rows)
+    shown = [model.name for model in SPEEDUP if model.name in measured]
+    models = shown or [*measured]
+    names = [*dict.fromkeys(r.peer for r in rows if r.model in models and r.peer != AGAIN)]
+    names.sort(key=lambda name: name == LIMIT)
+    return models, names, {(row.peer, row.model): row for row in rows}
+
+
+def _head(models: list[str]) -> list[str]:
+    return ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+
+
+def _best(cells: dict[tuple[str, str], Row], model: str, figure: str) -> Row | None:
+    """The faster of our backends on this model."""
+    ours = [row for name in OURS if (row := cells.get((name, model))) and figure in row.times]
+    return min(ours, key=lambda row: row.times[figure].median, default=None)
 
 
 def _cell(row: Row | None, best: Row | None, figure: str) -> str:
-    if row is None or not row.times:
-        return row.status if row else "–"
+    if row is None:
+        return "–"
     text = _milliseconds(row.times[figure].median)
     if best is not None and row is not best:
         text += f" ({_ratio(row.times[figure].median / best.times[figure].median)}×)"
     return text
+
+
+def _median(row: Row) -> float:
+    """The main figure."""
+    return row.times["device" if "device" in row.times else "wall"].median
 
 
 def _milliseconds(microseconds: float) -> str:
@@ -157,7 +233,9 @@ def _remarks(results: Results) -> str:
     counts = [row.times[figure].count for row in timed]
     lines = [
         f"- Each is the median of {min(counts)} to {max(counts)} updates, caches flushed before "
-        "each, peers taking turns; every peer's EMA was held against float64 first."
+        "each, peers taking turns; 10 % to 90 % of the timings span "
+        f"{statistics.median(map(_span, timed)):.0%} of the median (median over all). Every "
+        "peer's EMA was held against float64 first."
     ]
     noise = _noise(results)
     if noise:
@@ -165,20 +243,15 @@ def _remarks(results: Results) -> str:
             f"- Noise: two timings of the same update differ by {statistics.median(noise):.0%} "
             f"(median over models and cases), at most by {max(noise):.0%}."
         )
-    if best := _share_of_copy(results):
-        row, share = best
-        rate = row.bytes / row.times[figure].median / 1e3
-        lines.append(
-            f"- The largest model measured, {row.model} {row.case}: {rate:.3g} GB/s, "
-            f"{share:.0%} of a copy of as many bytes, by {row.peer}."
-        )
     lines += _changing(results, figure)
     reasons: dict[str, dict[str, None]] = {}
     for row in results.rows:
-        if row.status != "timed":
-            where = {"skipped": f"{row.model} {row.case}"}.get(row.status, row.peer)
-            if row.schedule == "constant":
-                reasons.setdefault(f"{where}: {row.status}, {row.reason}", {})[row.case] = None
+        if row.status == "skipped":
+            reasons.setdefault(f"{row.model}: skipped, {row.reason}", {})[row.case] = None
+        elif row.status != "timed" and row.schedule == "constant":
+            # How far off a wrong one is, and on which tensor, differs from model to model.
+            reason = "not timed" if row.status == "wrong" else row.reason
+            reasons.setdefault(f"{row.peer}: {row.status}, {reason}", {})[row.case] = None
     for reason, cases in reasons.items():
         lines.append(f"- {reason.rstrip('.')} ({', '.join(cases)}).")
     return "\n".join(lines)
@@ -199,21 +272,9 @@ def _noise(results: Results) -> list[float]:
     return found
 
 
-def _share_of_copy(results: Results) -> tuple[Row, float] | None:
-    """Our fastest row on the largest model, and the share of the copy's rate that it reaches."""
-    limits = {(row.model, row.case): row for row in results.rows if row.peer == LIMIT and row.times}
-    ours = [
-        row
-        for row in results.rows
-        if row.peer in OURS
-        and row.times
-        and row.schedule == "constant"
-        and row.case == "fp32<-fp32"
-    ]
-    if not ours:
-        return None
-    row = max(ours, key=lambda row: (row.bytes, -_median(row)))
-    return row, _median(limits[row.model, row.case]) / _median(row)
+def _span(row: Row) -> float:
+    spread = row.times[MAIN_FIGURE["cuda" if "device" in row.times else "cpu"]]
+    return (spread.high - spread.low) / spread.median
 
 
 def _changing(results: Results, figure: str) -> list[str]:
@@ -223,9 +284,8 @@ def _changing(results: Results, figure: str) -> list[str]:
     for row in results.rows:
         if row.times:
             key = (row.model, row.case)
-            times.setdefault(row.peer, {}).setdefault(key, {})[row.schedule] = row.times[
-                figure
-            ].median
+            both = times.setdefault(row.peer, {}).setdefault(key, {})
+            both[row.schedule] = row.times[figure].median
         elif row.schedule == "changing":
             refused[row.peer] = row.reason
     lines = [f"- {peer}: no λ that changes, {reason}." for peer, reason in refused.items()]
@@ -248,8 +308,7 @@ def _step_tables(results: Results) -> str:
         "(median over rounds), and percent of the step. What the second timing without EMA adds, "
         f"{AGAIN}, is noise.",
         "",
-        "| | " + " | ".join(models) + " |",
-        "|---|" + "---|" * len(models),
+        *_head(models),
     ]
     for peer in dict.fromkeys(row.peer for row in rows):
         texts = []
@@ -271,55 +330,58 @@ def _step_tables(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _pictures(results: Results) -> dict[str, str]:
-    """Titles and paths, seen from the README, of the pictures that `draw` makes."""
-    folder = FOLDER.relative_to(ROOT)
-    titles = {
-        "speedup": "Time of one update, relative to ours",
-        "bandwidth": "Share of the copy's bandwidth against the number of parameters",
-        "tensors": "Microseconds against the number of tensors",
+def _pictures(results: Results) -> dict[str, tuple[str, Path]]:
+    """Name, title and path of each picture whose models were measured."""
+    models = {
+        "speedup": ("Time of one update, relative to ours", SPEEDUP),
+        "bandwidth": ("Share of the copy's bandwidth against the number of parameters", SIZES),
+        "tensors": ("Microseconds against the number of tensors", COUNTS),
     }
-    return {title: f"{folder}/{results.machine.slug}-{name}.png" for name, title in titles.items()}
+    return {
+        name: (title, FOLDER / f"{results.machine.slug}-{name}.png")
+        for name, (title, shown) in models.items()
+        if any(set(rows) - {LIMIT} for rows in [_timed(results, shown)])
+    }
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Draw the pictures of an "update" run into the folder; return their paths."""
     if results.kind != "update":
         return []
+    drawings = {"speedup": _draw_speedup, "bandwidth": _draw_bandwidth, "tensors": _draw_tensors}
     paths = []
-    for drawing, (title, path) in zip(
-        (_draw_speedup, _draw_bandwidth, _draw_tensors), _pictures(results).items(), strict=True
-    ):
+    for name, (title, path) in _pictures(results).items():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        drawing(results, axes)
+        drawings[name](results, axes)
         axes.set_title(f"{title}\n{results.machine.name}", fontsize=10)
-        paths.append(folder / Path(path).name)
+        paths.append(folder / path.name)
         figure.savefig(paths[-1], dpi=130)
     return paths
 
 
-def _timed(results: Results, models: list[str]) -> dict[str, dict[str, Row]]:
+def _timed(results: Results, models: list[Model]) -> dict[str, dict[str, Row]]:
     """Rows of the first case, constant momentum, by peer and model."""
+    names = {model.name for model in models}
     found: dict[str, dict[str, Row]] = {}
     for row in results.rows:
-        shown = row.case == "fp32<-fp32" and row.schedule == "constant" and row.peer != AGAIN
-        if row.times and shown and row.model in models:
+        shown = row.case == FIRST_CASE and row.schedule == "constant" and row.peer != AGAIN
+        if row.times and shown and row.model in names:
             found.setdefault(row.peer, {})[row.model] = row
     return found
 
 
 def _draw_speedup(results: Results, axes: Axes) -> None:
-    models = [model.name for model in [*ARCHITECTURES, MANY_SMALL]]
-    timed = _timed(results, models)
-    models = [name for name in models if any(name in rows for rows in timed.values())]
+    figure = MAIN_FIGURE[results.machine.device]
+    timed = _timed(results, SPEEDUP)
+    models = [m.name for m in SPEEDUP if any(m.name in rows for rows in timed.values())]
     cells = {(peer, model): row for peer, rows in timed.items() for model, row in rows.items()}
     peers = [peer for peer in timed if peer not in (LIMIT, *OURS)]
     height = 0.8 / max(len(peers), 1)
     for index, peer in enumerate(peers):
         where, ratios = [], []
         for place, model in enumerate(models):
-            best, row = _best(cells, model), cells.get((peer, model))
+            best, row = _best(cells, model, figure), cells.get((peer, model))
             if best is not None and row is not None:
                 where.append(place + (index - (len(peers) - 1) / 2) * height)
                 ratios.append(_median(row) / _median(best))
@@ -334,7 +396,7 @@ def _draw_speedup(results: Results, axes: Axes) -> None:
 
 
 def _draw_bandwidth(results: Results, axes: Axes) -> None:
-    timed = _timed(results, [model.name for model in SIZES])
+    timed = _timed(results, SIZES)
     limits = timed.get(LIMIT, {})
     for peer, rows in timed.items():
         if peer != LIMIT:
@@ -349,7 +411,7 @@ def _draw_bandwidth(results: Results, axes: Axes) -> None:
 
 def _draw_tensors(results: Results, axes: Axes) -> None:
     figure = {"cpu": "wall", "cuda": "host"}[results.machine.device]
-    for peer, rows in _timed(results, [model.name for model in COUNTS]).items():
+    for peer, rows in _timed(results, COUNTS).items():
         if peer != LIMIT:
             times = [row.times[figure].median for row in rows.values()]
             _line(axes, peer, [row.tensors for row in rows.values()], times)

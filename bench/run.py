@@ -111,7 +111,9 @@ def groups(model: Model, case: str, keys: list[str], memory: int) -> list[list[s
     copies = 2 * min(moved_bytes(model.elements, case) // 2, measure.COPY_BUFFER)
     room = int(MEMORY_SHARE * memory) - online - copies - 2 * max(ema, online)
     at_once = room // ema
-    return [keys[start : start + at_once] for start in range(0, len(keys), max(at_once, 1))]
+    if at_once < 1:
+        return []
+    return [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
 
 
 def measured(
@@ -123,7 +125,7 @@ def measured(
     facts = {"model": model.name, "tensors": len(model.shapes), "elements": model.elements}
     facts |= {"case": case, "bytes": moved_bytes(model.elements, case)}
     together = groups(model, case, keys, memory)
-    if not all(together):
+    if not together:
         reason = f"it does not fit into the {memory / 2**30:.1f} GiB of memory that are free"
         yield Row(**facts, schedule="constant", peer=LIMIT, status="skipped", reason=reason)
         return

@@ -1,0 +1,435 @@
+"""The benchmark measures what it says: shapes, bytes, a gate before the clock, an honest report."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import gate, measure, peers, report, run, step
+from bench.machine import Machine
+from bench.measure import Stopwatch, Subject
+from bench.models import COUNTS, MODELS, SIZES, Model, make_module
+from bench.peers import Built
+from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, Spread, StepRow
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TINY = Model("tiny", {"a.weight": (5, 3), "a.bias": (5,), "b.weight": (10_000,)})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("resnet50", 161, 25_557_032),  # torchvision
+        ("vit-l16", 296, 304_326_632),  # timm, torchvision
+        ("gpt2-xl", 580, 1_557_611_200),  # transformers
+        ("sdxl-unet", 1680, 2_567_463_684),  # diffusers
+        ("llama-7b", 291, 6_738_415_616),  # transformers
+        ("1000x64", 1000, 64_000),
+    ],
+)
+def test_models_have_their_published_sizes(name: str, tensors: int, elements: int) -> None:
+    assert len(MODELS[name].shapes) == tensors
+    assert MODELS[name].elements == elements
+
+
+def test_sweeps() -> None:
+    assert [len(model.shapes) for model in COUNTS] == [1, 4, 16, 64, 256, 1024, 4096]
+    assert {shape for model in COUNTS for shape in model.shapes.values()} == {(1024,)}
+    assert [model.elements for model in SIZES] == [2**power for power in range(10, 32, 3)]
+    assert {len(model.shapes) for model in SIZES} == {1}
+
+
+def test_a_model_becomes_modules_with_random_parameters() -> None:
+    module = make_module(TINY, torch.bfloat16, CPU)
+    found = dict(module.named_parameters())
+    assert {name: tuple(p.shape) for name, p in found.items()} == TINY.shapes
+    assert all(p.dtype == torch.bfloat16 and p.count_nonzero() > 1 for p in found.values())
+    assert [*dict(module.named_modules())] == ["", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("case", "per_element"), [("fp32<-fp32", 12), ("fp32<-bf16", 10), ("bf16<-bf16", 6)]
+)
+def test_bytes_that_must_move(case: str, per_element: int) -> None:
+    assert run.moved_bytes(7, case) == 7 * per_element
+
+
+@pytest.mark.parametrize("size", [2, 7, 1000])
+def test_the_limit_copies_as_many_bytes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "COPY_BUFFER", 300)
+    copied = []
+    original = Tensor.copy_
+    monkeypatch.setattr(
+        Tensor, "copy_", lambda self, other: copied.append(self.nbytes) or original(self, other)
+    )
+    measure.copy_of(size, CPU)()
+    assert 2 * sum(copied) == size // 2 * 2
+
+
+@pytest.mark.parametrize("key", peers.PEERS)
+@pytest.mark.parametrize("schedule", run.SCHEDULES)
+def test_peers_pass_the_gate(key: str, schedule: str) -> None:
+    if key == "ours_triton":
+        pytest.importorskip("triton")
+    if key == "compiled_lerp" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    try:
+        peer = peers.load(key)
+    except ImportError as error:
+        pytest.skip(f"absent: {error}")
+    model = make_module(TINY, torch.float32, CPU)
+    momenta = measure.momenta(schedule)
+    with torch.no_grad():
+        built = peer.build(model, 0.1, torch.float32)
+        assert [tensor.shape for tensor in built.tensors] == [p.shape for p in model.parameters()]
+        if key == "torch_swa_multi" and schedule == "changing":
+            with pytest.raises(NotImplementedError, match="fixes the decay"):
+                gate.fault(built, model, (next(momenta), next(momenta)))
+        else:
+            assert gate.fault(built, model, (next(momenta), next(momenta))) is None
+
+
+def wrong(kind: str, online: list[Tensor], ema: list[Tensor]) -> Built:
+    def update(momentum: float) -> None:
+        if kind == "nothing":
+            return
+        if kind == "decay":
+            momentum = 1 - momentum
+        if kind == "a little":
+            momentum *= 1.0001
+        last = ema[-1][-1].clone()
+        for old, new in zip(ema[kind == "skips one" :], online[kind == "skips one" :], strict=True):
+            old.lerp_(new, momentum)
+        if kind == "last element":
+            ema[-1][-1] = last
+
+    return Built(update, ema)
+
+
+@pytest.mark.parametrize(
+    "kind", ["nothing", "decay", "a little", "skips one", "last element", "nan", "right"]
+)
+def test_the_gate_catches_wrong_peers(kind: str) -> None:
+    model = make_module(TINY, torch.float32, CPU)
+    online = [parameter.detach() for parameter in model.parameters()]
+    ema = [tensor.clone() for tensor in online]
+    if kind == "nan":
+        ema[0][0] = torch.nan
+    fault = gate.fault(wrong(kind, online, ema), model, (0.1, 0.2))
+    assert (fault is None) == (kind == "right")
+    if kind == "last element":
+        assert fault.startswith("tensor 2 of 3 is off by")
+        assert fault.endswith("after an update with momentum 0.1")
+
+
+def fake_peer(update, name: str = "fake") -> SimpleNamespace:
+    def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
+        built = peers.load("foreach_lerp").build(model, momentum, ema_dtype)
+        return Built(update or built.update, built.tensors)
+
+    return SimpleNamespace(NAME=name, build=build)
+
+
+def raises(momentum: float) -> None:
+    raise RuntimeError("refused\nmore")
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, fakes: dict) -> list[Row]:
+    load = peers.load
+
+    def loaded(key: str):
+        if key not in fakes:
+            return load(key)
+        if isinstance(fakes[key], Exception):
+            raise fakes[key]
+        return fakes[key]
+
+    monkeypatch.setattr(peers, "load", loaded)
+    keys = ["foreach_lerp", *fakes]
+    return [*run.measured(TINY, "fp32<-fp32", keys, Stopwatch(CPU, 1000), 3, 60.0)]
+
+
+def test_only_right_peers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = {
+        "absent": ImportError("no such package"),
+        "wrong": fake_peer(lambda momentum: None, "wrong"),
+        "raising": fake_peer(raises, "raising"),
+    }
+    rows = {(row.peer, row.schedule): row for row in measured(monkeypatch, fakes)}
+    status = {key: row.status for key, row in rows.items()}
+    assert status == {
+        (LIMIT, "constant"): "timed",
+        ("torch._foreach_lerp_", "constant"): "timed",
+        (AGAIN, "constant"): "timed",
+        ("torch._foreach_lerp_", "changing"): "timed",
+        ("absent", "constant"): "absent",
+        ("wrong", "constant"): "wrong",
+        ("wrong", "changing"): "wrong",
+        ("raising", "constant"): "error",
+    }
+    for row in rows.values():
+        assert bool(row.times) == (row.status == "timed")
+        assert (row.tensors, row.elements, row.bytes) == (3, 10_020, 120_240)
+        for spread in row.times.values():
+            assert spread.count == 3
+            assert 0 < spread.low <= spread.median <= spread.high
+    assert rows["absent", "constant"].reason == "ImportError: no such package"
+    assert rows["raising", "constant"].reason == "RuntimeError: refused"
+    assert "is off by" in rows["wrong", "constant"].reason
+
+
+def test_mixed_dtypes_are_reported_as_the_peers_error() -> None:
+    stopwatch = Stopwatch(CPU, 1000)
+    rows = [*run.measured(TINY, "fp32<-bf16", ["foreach_lerp", "foreach_cast"], stopwatch, 3, 60.0)]
+    status = {row.peer: row.status for row in rows}
+    assert status["torch._foreach_lerp_"] == "error"
+    assert status["cast, torch._foreach_lerp_"] == "timed"
+
+
+def test_memory_decides_how_many_are_timed_together() -> None:
+    keys = [*"abcdefg"]
+    billion = Model("billion", {"w": (10**9,)})
+    gigabyte = 10**9
+    case = "fp32<-fp32"  # 4 for the online model, 8 for temporaries, 2 for the copy, 4 per peer
+    assert run.groups(billion, case, keys, 200 * gigabyte) == [keys]
+    pairs = [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
+    assert run.groups(billion, case, keys, 27 * gigabyte) == pairs
+    assert run.groups(billion, case, keys, 16 * gigabyte) == []
+
+
+def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "available_memory", lambda device: 100_000)
+    (row,) = run.measured(TINY, "fp32<-fp32", ["foreach_lerp"], Stopwatch(CPU, 1000), 3, 60.0)
+    assert row.status == "skipped"
+    assert row.reason == "it does not fit into the 0.0 GiB of memory that are free"
+
+
+def test_subjects_take_turns() -> None:
+    seen: list[str] = []
+    subjects = {name: Subject(lambda: None) for name in "abc"}
+    names = {id(subject): name for name, subject in subjects.items()}
+
+    def sample(subject: Subject) -> dict[str, float]:
+        seen.append(names[id(subject)])
+        return {"wall": float(len(seen))}
+
+    found = measure.interleaved(subjects, sample, rounds=4, seconds=60.0)
+    assert "".join(seen) == "abcbcacababc"
+    assert found["a"]["wall"] == [1.0, 6.0, 8.0, 10.0]
+    seen.clear()
+    measure.interleaved(subjects, sample, rounds=100, seconds=0.0)
+    assert len(seen) == 3 * 3
+
+
+def test_momenta() -> None:
+    constant, changing = (measure.momenta(schedule) for schedule in run.SCHEDULES)
+    assert {next(constant) for _ in range(100)} == {0.1}
+    values = [next(changing) for _ in range(100)]
+    assert len(set(values)) == 100
+    assert all(0.1 < value <= 0.2 for value in values)
+
+
+def test_spread() -> None:
+    assert Spread.of([3.0]) == Spread(1, 3.0, 3.0, 3.0)
+    assert Spread.of([float(value) for value in range(11)]) == Spread(11, 1.0, 5.0, 9.0)
+
+
+MACHINE = Machine(
+    "cpu", "Slow, 2 cores", 2**34, 2**20, "Slow", 2, None, None, "3.12", {"torch": "2"}
+)
+
+
+def row(peer: str, median: float, schedule: str = "constant", **facts) -> Row:
+    times = {} if facts.get("status") else {"wall": Spread(9, median, median, median)}
+    facts = {"status": "timed", **facts}
+    return Row(
+        "resnet50", 161, 1000, "fp32<-fp32", schedule, peer, bytes=12_000, times=times, **facts
+    )
+
+
+def made_up() -> Results:
+    rows = [
+        row(LIMIT, 900.0),
+        row("ema_triton (foreach)", 1000.0),
+        row(AGAIN, 1100.0),
+        row("ema_triton (foreach)", 1010.0, "changing"),
+        row("slow", 12_345.0),
+        row("slow", 30_000.0, "changing"),
+        row("bad", 0.0, status="wrong", reason="tensor 0 is off"),
+        row("gone", 0.0, status="absent", reason="ImportError: no"),
+        row("fixed", 500.0),
+        row("fixed", 0.0, "changing", status="error", reason="cannot"),
+    ]
+    return Results("update", MACHINE, "0123abcd", "2026-01-02", rows)
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    results = made_up()
+    results.save(tmp_path / "new" / "r.json")
+    assert Results.load(tmp_path / "new" / "r.json") == results
+    spread = Spread(2, 1.0, 2.0, 3.0)
+    steps = [StepRow("cnn", 5, "p", "timed", "", spread, spread), StepRow("cnn", 5, "q", "absent")]
+    results = replace(results, kind="step", rows=steps)
+    results.save(tmp_path / "s.json")
+    assert Results.load(tmp_path / "s.json") == results
+    (tmp_path / "s.json").write_text(
+        (tmp_path / "s.json").read_text().replace('"schema": 1', '"schema": 0')
+    )
+    with pytest.raises(ValueError, match=r"not a results file of schema 1\. Measure again"):
+        Results.load(tmp_path / "s.json")
+
+
+def test_the_table_says_everything() -> None:
+    text = report.table(made_up())
+    for line in (
+        "Slow, 2 cores, 16 GiB, 2 CPU cores; Python 3.12, torch 2; commit 0123abcd, 2026-01-02.",
+        "| ema_triton (foreach) | 1 |",
+        "| slow | 12.3 (12×) |",
+        "| fixed | 0.5 (0.50×) |",
+        "| copy of the same bytes | 0.9 (0.90×) |",
+        "Noise: two timings of the same update differ by 10%",
+        "| fp32<-fp32 | 0.012, 90% |",
+        "span 0% of the median",
+        "- slow: a λ that changes at every update costs 2.4× as much.",
+        "- fixed: no λ that changes, cannot.",
+        "- bad: wrong, not timed (fp32<-fp32).",
+        "- gone: absent, ImportError: no (fp32<-fp32).",
+    ):
+        assert line in text, line
+    assert "| bad |" not in text
+    assert AGAIN not in text
+
+
+def test_the_section_says_when_no_gpu_was_measured() -> None:
+    results = made_up()
+    assert "No GPU has been measured yet" in report.section([results])
+    on_gpu = replace(results, machine=replace(MACHINE, device="cuda"), rows=[])
+    assert "No GPU has been measured yet" not in report.section(
+        [results, replace(on_gpu, kind="step")]
+    )
+
+
+def test_the_readme_is_what_the_committed_results_say() -> None:
+    files = sorted(FOLDER.glob("*.json"))
+    assert files
+    found = [Results.load(path) for path in files]
+    readme = report.README.read_text()
+    assert report.with_section(readme, report.section(found)) == readme
+    # A control: another figure in a file would be noticed.
+    first = next(row for row in found[0].rows if row.times)
+    spread = Spread(1, 1e9, 1e9, 1e9)
+    rows = [
+        replace(r, times=dict.fromkeys(r.times, spread)) if r is first else r for r in found[0].rows
+    ]
+    other = report.section([replace(found[0], rows=rows), *found[1:]])
+    assert report.with_section(readme, other) != readme
+    for path in FOLDER.glob("*.png"):
+        assert f"{path.relative_to(ROOT)}" in readme
+
+
+def test_a_readme_without_markers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must have the lines"):
+        report.with_section("nothing here", "new")
+
+
+def test_report_writes_pictures_and_section(tmp_path: Path) -> None:
+    made_up().save(tmp_path / "r.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main(SimpleNamespace(files=[tmp_path / "r.json"], out=tmp_path, readme=readme))
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n**No GPU")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    (picture,) = tmp_path.glob("*.png")  # the sweeps were not measured
+    assert picture.name == "slow-2-cores-speedup.png"
+    assert picture.stat().st_size > 5000
+    assert f"(bench/results/{picture.name})" in text
+
+
+def test_each_sweep_has_its_picture(tmp_path: Path) -> None:
+    rows = [
+        replace(row(peer, time), model=model.name, tensors=len(model.shapes))
+        for model in (COUNTS[0], COUNTS[3], SIZES[0], SIZES[2])
+        for peer, time in ((LIMIT, 900.0), ("ema_triton (foreach)", 1000.0), ("slow", 5000.0))
+    ]
+    paths = report.draw(replace(made_up(), rows=rows), tmp_path)
+    names = ["slow-2-cores-bandwidth.png", "slow-2-cores-tensors.png"]
+    assert [path.name for path in paths] == names
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_measures_and_writes(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["--quick", "--device=cpu", "--models=1x1Ki", "--peers=ours_foreach,foreach_lerp"]
+    done = command("run", *arguments, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "| ema_triton (foreach) |" in done.stdout
+    assert "1x1Ki" in done.stderr  # the progress bar
+    rows = Results.load(out).rows
+    assert {r.case for r in rows if r.times} == {*run.CASES}
+    assert {r.peer for r in rows if r.times} >= {LIMIT, "ema_triton (foreach)"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--models=resnet51"], "unknown: resnet51. Known are: resnet50, vit-l16"),
+        (["run", "--peers=nobody"], "unknown: nobody. Known are: ours_triton"),
+        (["walk"], "invalid choice: 'walk'"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", [*step.MODELS])
+def test_a_training_step_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.BATCH, "cpu", 2)
+    monkeypatch.setitem(step.STEPS, "cpu", 1)
+    rows = {row.peer: row for row in step.measured(name, ["ours_foreach", "ignite"], CPU, 2)}
+    assert [*rows] == [NO_EMA, AGAIN, "ema_triton (foreach)", "Ignite EMAHandler"]
+    assert all(row.status == "timed" and row.step.count == 2 for row in rows.values())
+    assert rows[NO_EMA].added.median == 0
+    text = report.table(Results("step", MACHINE, "c", "d", [*rows.values()]))
+    assert "| without EMA | step: " in text
+    assert "| Ignite EMAHandler | " in text
+    model = step.MODELS[name]()
+    parameter = next(model.parameters())
+    before = parameter.detach().clone()
+    step.training_step(model, CPU)()
+    assert not torch.equal(parameter, before)
+
+
+@pytest.mark.gpu
+def test_figures_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    keys = ["ours_triton", "foreach_lerp", "foreach_mul_add", "ema_pytorch"]
+    rows = [*run.measured(TINY, "fp32<-fp32", keys, Stopwatch(device, 1 << 20), 3, 60.0)]
+    found = {row.peer: row for row in rows if row.schedule == "constant"}
+    ours = found["ema_triton (triton)"]
+    assert ours.launches == 1
+    assert ours.extra_memory == 0
+    assert {*ours.times} == {"device", "host", "graph"}
+    assert found["foreach mul, add"].launches == 2
+    assert {*found[LIMIT].times} == {"device", "host", "graph"}
+    changing = next(row for row in rows if row.peer == ours.peer and row.schedule == "changing")
+    assert {*changing.times} == {"device", "host"}
