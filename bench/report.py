@@ -258,18 +258,13 @@ def _remarks(results: Results) -> str:
 
 
 def _noise(results: Results) -> list[float]:
-    """How far the second timing of the first peer is from the first, by model and case."""
+    """How far second timings are from the first; each stands behind its peer's row."""
     figure = MAIN_FIGURE[results.machine.device]
-    first: dict[tuple[str, str], Row] = {}
-    found = []
-    for row in results.rows:
-        key = (row.model, row.case)
-        if row.peer == AGAIN and key in first:
-            other = first[key].times[figure].median
-            found.append(abs(row.times[figure].median / other - 1))
-        elif row.times and row.peer != LIMIT:
-            first.setdefault(key, row)
-    return found
+    return [
+        abs(again.times[figure].median / first.times[figure].median - 1)
+        for first, again in zip(results.rows, results.rows[1:], strict=False)
+        if again.peer == AGAIN
+    ]
 
 
 def _span(row: Row) -> float:

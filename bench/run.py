@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -120,6 +121,7 @@ def measured(
     model: Model, case: str, keys: list[str], stopwatch: Stopwatch, rounds: int, seconds: float
 ) -> Iterator[Row]:
     """The rows of one model in one case."""
+    gc.collect()
     device = stopwatch.device
     memory = available_memory(device)
     facts = {"model": model.name, "tensors": len(model.shapes), "elements": model.elements}
@@ -142,8 +144,8 @@ def _measured_together(
     rounds: int,
     seconds: float,
 ) -> Iterator[Row]:
-    limit = Row(**facts, schedule="constant", peer=LIMIT, status="timed")
-    waiting = {LIMIT: limit}
+    gc.collect()  # engines and closures hold the last group's EMAs in cycles
+    waiting = {LIMIT: Row(**facts, schedule="constant", peer=LIMIT, status="timed")}
     copy = measure.copy_of(facts["bytes"], stopwatch.device)
     subjects = {LIMIT: _subject(copy, stopwatch, graph=True)}
     for key in keys:

@@ -73,6 +73,7 @@ def test_the_limit_copies_as_many_bytes(size: int, monkeypatch: pytest.MonkeyPat
     assert 2 * sum(copied) == size // 2 * 2
 
 
+@pytest.mark.filterwarnings("default")  # a peer's deprecations are its own affair
 @pytest.mark.parametrize("key", peers.PEERS)
 @pytest.mark.parametrize("schedule", run.SCHEDULES)
 def test_peers_pass_the_gate(key: str, schedule: str) -> None:

@@ -16,6 +16,7 @@ def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
     ema, online = copied(model, ema_dtype), [p.detach() for p in model.parameters()]
     if len(ema) > LIMIT:
         raise NotImplementedError(f"not measured: compiling {len(ema)} tensors takes minutes")
+    torch.compiler.reset()  # what was compiled for other models counts towards Dynamo's limit
     weight = torch.zeros((), device=ema[0].device)
 
     @torch.compile(fullgraph=True, dynamic=False)
