@@ -158,9 +158,7 @@ def _update_table(results: Results, case: str, figure: str, meaning: str) -> str
 def _cost_table(results: Results) -> str:
     """What else an update costs on a GPU."""
     models, names, cells = _grid(results, FIRST_CASE, "device")
-    lines = [
-        f"**{FIRST_CASE}**, launches and extra MiB per update; the first update's milliseconds"
-    ]
+    lines = [f"**{FIRST_CASE}**, launches and extra MiB per update; milliseconds to set up"]
     lines += ["", *_head(models)]
     for name in names:
         if name == LIMIT:
@@ -168,10 +166,10 @@ def _cost_table(results: Results) -> str:
         texts = []
         for model in models:
             row = cells.get((name, model))
-            if row is None or None in (row.launches, row.extra_memory, row.first_update):
+            if row is None or None in (row.launches, row.extra_memory, row.set_up):
                 texts.append("–")
             else:
-                memory, first = row.extra_memory / 2**20, row.first_update / 1e3
+                memory, first = row.extra_memory / 2**20, row.set_up / 1e3
                 texts.append(f"{row.launches}; {memory:.3g}; {first:.3g}")
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)

@@ -55,7 +55,7 @@ class Row:
             L2, and "host" (until the call returned).
         launches: Device kernels, copies and fills per update.
         extra_memory: Peak bytes allocated during an update, beyond those before.
-        first_update: Microseconds of the first update, with whatever is compiled in it.
+        set_up: Microseconds for copying the model and the first update, with what either compiles.
     """
 
     model: str
@@ -70,7 +70,7 @@ class Row:
     times: dict[str, Spread] = field(default_factory=dict)
     launches: int | None = None
     extra_memory: int | None = None
-    first_update: float | None = None
+    set_up: float | None = None
 
 
 # The device copy of as many bytes as an update must move.
