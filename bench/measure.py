@@ -143,13 +143,13 @@ def captured(update: Update) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def launches(update: Update) -> int:
-    """How many kernels, copies and fills one update puts on the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
+def launched(update: Update) -> list[str]:
+    """The names of the kernels, copies and fills that one update puts on the GPU."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         update()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profile.events())
+    return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
 
 
 def extra_memory(update: Update) -> int:

@@ -217,7 +217,8 @@ def _median(row: Row) -> float:
 
 
 def _milliseconds(microseconds: float) -> str:
-    return f"{microseconds / 1e3:.3g}"
+    milliseconds = microseconds / 1e3
+    return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 
 def _ratio(ratio: float) -> str:
@@ -244,7 +245,7 @@ def _remarks(results: Results) -> str:
     lines += _changing(results, figure)
     reasons: dict[str, dict[str, None]] = {}
     for row in results.rows:
-        if row.status == "skipped":
+        if row.peer == LIMIT and row.status == "skipped":
             reasons.setdefault(f"{row.model}: skipped, {row.reason}", {})[row.case] = None
         elif row.status != "timed" and row.schedule == "constant":
             # How far off a wrong one is, and on which tensor, differs from model to model.
@@ -271,23 +272,27 @@ def _span(row: Row) -> float:
 
 
 def _changing(results: Results, figure: str) -> list[str]:
-    """What a momentum that changes at every update does to the peers."""
-    times: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
-    refused: dict[str, str] = {}
+    """What a momentum that changes at every update does to the peers that take a constant one."""
+    pairs: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in results.rows:
-        if row.times:
-            key = (row.model, row.case)
-            both = times.setdefault(row.peer, {}).setdefault(key, {})
-            both[row.schedule] = row.times[figure].median
-        elif row.schedule == "changing":
-            refused[row.peer] = row.reason
-    lines = [f"- {peer}: no λ that changes, {reason}." for peer, reason in refused.items()]
-    for peer, models in times.items():
-        ratios = [both["changing"] / both["constant"] for both in models.values() if len(both) == 2]
-        if ratios and statistics.median(ratios) > CHANGING_COSTS:
-            ratio = _ratio(statistics.median(ratios))
-            lines.append(f"- {peer}: a λ that changes at every update costs {ratio}× as much.")
-    return lines or ["- A λ that changes at every update costs no peer more."]
+        if row.peer not in (LIMIT, AGAIN):
+            pairs.setdefault((row.peer, row.model, row.case), {})[row.schedule] = row
+    ratios: dict[str, list[float]] = {}
+    lines: dict[str, None] = {}
+    for (peer, _, _), both in pairs.items():
+        constant, changing = both["constant"], both.get("changing")
+        if not constant.times or changing is None:
+            continue
+        if changing.times:
+            ratio = changing.times[figure].median / constant.times[figure].median
+            ratios.setdefault(peer, []).append(ratio)
+        else:
+            lines[f"- {peer}: no λ that changes, {changing.reason}."] = None
+    costly = {peer: statistics.median(found) for peer, found in ratios.items()}
+    for peer, ratio in costly.items():
+        if ratio > CHANGING_COSTS:
+            lines[f"- {peer}: a λ that changes at every update costs {_ratio(ratio)}×."] = None
+    return [*lines] or ["- A λ that changes at every update costs no peer more."]
 
 
 def _step_tables(results: Results) -> str:

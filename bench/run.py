@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     keys = selected(args.peers, QUICK_PEERS if args.quick else peers.PEERS, peers.PEERS)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     seconds = QUICK_SECONDS if args.quick else SECONDS
-    machine = describe(device)
+    machine, measured_commit = describe(device), commit()
     stopwatch = Stopwatch(device, machine.cache)
 
     rows: list[Row] = []
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         for model, case in bar:
             bar.set_description(f"{model.name} {case}")
             rows += measured(model, case, keys, stopwatch, rounds, seconds)
-    results = Results("update", machine, commit(), date.today().isoformat(), rows)
+    results = Results("update", machine, measured_commit, date.today().isoformat(), rows)
     print(report.table(results))
     out = args.out or (None if args.quick else FOLDER / f"{machine.slug}.json")
     if out is not None:
@@ -186,7 +186,7 @@ def _built(
                 torch.cuda.synchronize()
             row["set_up"] = 1e6 * (time.perf_counter() - start)
     except Exception as error:  # whatever a peer raises is a finding
-        yield Row(**{**row, "reason": told(error)}), None
+        yield Row(**{**row, "status": status_of(error), "reason": told(error)}), None
         return
     for schedule in SCHEDULES:
         row |= {"schedule": schedule, "status": "error", "reason": ""}
@@ -200,10 +200,10 @@ def _built(
             update = partial(_next_update, built, values)
             subject = _subject(update, stopwatch, graph=schedule == "constant")
             if stopwatch.device.type == "cuda":
-                row["launches"] = measure.launches(subject.update)
+                row["launches"] = len(measure.launched(subject.update))
                 row["extra_memory"] = measure.extra_memory(subject.update)
         except Exception as error:
-            yield Row(**{**row, "reason": told(error)}), None
+            yield Row(**{**row, "status": status_of(error), "reason": told(error)}), None
             continue
         yield Row(**{**row, "status": "timed"}), subject
 
@@ -221,6 +221,11 @@ def _subject(update: measure.Update, stopwatch: Stopwatch, *, graph: bool) -> Su
     if not graph or stopwatch.device.type != "cuda":
         return Subject(without_autograd)
     return Subject(without_autograd, measure.captured(without_autograd))
+
+
+def status_of(error: Exception) -> str:
+    """What an exception makes of a peer: NotImplementedError is how its file declines."""
+    return "skipped" if isinstance(error, NotImplementedError) else "error"
 
 
 def told(error: Exception) -> str:

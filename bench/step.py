@@ -17,7 +17,7 @@ from bench import gate, measure, peers, report
 from bench.machine import commit, describe
 from bench.measure import Subject
 from bench.results import AGAIN, FOLDER, NO_EMA, Results, Spread, StepRow
-from bench.run import selected, told
+from bench.run import selected, status_of, told
 
 MOMENTUM = 0.001
 
@@ -144,13 +144,13 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = selected(args.models, tuple(MODELS), tuple(MODELS))
     keys = selected(args.peers, peers.PEERS, peers.PEERS)
-    machine = describe(device)
+    machine, measured_commit = describe(device), commit()
     rows: list[StepRow] = []
     with tqdm(models, unit="model") as bar:
         for name in bar:
             bar.set_description(name)
             rows += measured(name, keys, device, QUICK_ROUNDS if args.quick else ROUNDS)
-    results = Results("step", machine, commit(), date.today().isoformat(), rows)
+    results = Results("step", machine, measured_commit, date.today().isoformat(), rows)
     print(report.table(results))
     out = args.out or (None if args.quick else FOLDER / f"{machine.slug}-step.json")
     if out is not None:
@@ -231,7 +231,7 @@ def _built(
     except ImportError as error:
         return StepRow(name, elements, peer_name, "absent", told(error)), None
     except Exception as error:  # whatever a peer raises is a finding
-        return StepRow(name, elements, peer_name, "error", told(error)), None
+        return StepRow(name, elements, peer_name, status_of(error), told(error)), None
     if fault is not None:
         return StepRow(name, elements, peer_name, "wrong", fault), None
     return StepRow(name, elements, peer_name, "timed"), lambda: built.update(MOMENTUM)

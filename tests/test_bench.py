@@ -298,7 +298,7 @@ def test_the_table_says_everything() -> None:
         "Noise: two timings of the same update differ by 10%",
         "| fp32<-fp32 | 0.012, 90% |",
         "span 0% of the median",
-        "- slow: a λ that changes at every update costs 2.4× as much.",
+        "- slow: a λ that changes at every update costs 2.4×.",
         "- fixed: no λ that changes, cannot.",
         "- bad: wrong, not timed (fp32<-fp32).",
         "- gone: absent, ImportError: no (fp32<-fp32).",

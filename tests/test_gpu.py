@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.measure import launched
 from ema_triton import ModelEMA
 from ema_triton.plan import make_plan
 from tests import oracle
@@ -86,15 +87,7 @@ def test_one_kernel_per_bucket() -> None:
     model = nn.Sequential(network(), network().bfloat16())
     ema = ModelEMA(model, backend="triton", handle_buffers="update")
     ema.update(0.5)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ema.update(0.25)
-        torch.cuda.synchronize()
-    kernels = [
-        event.name
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    kernels = launched(lambda: ema.update(0.25))
     assert len(kernels) == 2, kernels
     assert all("ema_update" in name for name in kernels)
 

@@ -15,7 +15,7 @@ def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
     """Compiled at the first update."""
     ema, online = copied(model, ema_dtype), [p.detach() for p in model.parameters()]
     if len(ema) > LIMIT:
-        raise NotImplementedError(f"not measured: compiling {len(ema)} tensors takes minutes")
+        raise NotImplementedError(f"more than {LIMIT} tensors take minutes to compile")
     torch.compiler.reset()  # what was compiled for other models counts towards Dynamo's limit
     weight = torch.zeros((), device=ema[0].device)
 
