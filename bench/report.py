@@ -70,6 +70,7 @@ def with_section(readme: str, new: str) -> str:
 
 def section(found: list[Results]) -> str:
     """The README's section about speed: what was measured, and what was not."""
+    found = sorted(found, key=lambda results: (results.machine.slug, results.kind == "step"))
     parts = []
     if not any(results.machine.device == "cuda" for results in found):
         parts.append(
@@ -383,13 +384,15 @@ def _draw_speedup(results: Results, axes: Axes) -> None:
             if best is not None and row is not None:
                 where.append(place + (index - (len(peers) - 1) / 2) * height)
                 ratios.append(_median(row) / _median(best))
-        axes.barh(where, ratios, height * 0.9, label=peer, color=f"C{index}")
+        beyond = [ratio - 1 for ratio in ratios]
+        axes.barh(where, beyond, height * 0.9, left=1, label=peer, color=_color(peer))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("times as long as ours (fp32←fp32)")
+    axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(axis="x", alpha=0.3, which="both")
 
 
@@ -421,10 +424,20 @@ def _draw_tensors(results: Results, axes: Axes) -> None:
 
 
 def _line(axes: Axes, peer: str, x: list[int], y: list[float]) -> None:
-    ours = peer in OURS
-    axes.plot(x, y, marker="o", markersize=4, label=peer, linewidth=3 if ours else 1)
+    width = 3 if peer in OURS else 1
+    axes.plot(x, y, marker="o", markersize=4, label=peer, linewidth=width, color=_color(peer))
+
+
+def _color(peer: str) -> str:
+    """Black and gray for ours, and for each other name a colour of its own in every picture."""
+    if peer in OURS:
+        return ("black", "dimgray")[OURS.index(peer)]
+    return _COLORS.setdefault(peer, f"C{len(_COLORS)}" if len(_COLORS) < 10 else "gold")
+
+
+_COLORS: dict[str, str] = {}
 
 
 def _finish(axes: Axes) -> None:
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
