@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -385,7 +387,7 @@ def _draw_speedup(results: Results, axes: Axes) -> None:
                 where.append(place + (index - (len(peers) - 1) / 2) * height)
                 ratios.append(_median(row) / _median(best))
         beyond = [ratio - 1 for ratio in ratios]
-        axes.barh(where, beyond, height * 0.9, left=1, label=peer, color=_color(peer))
+        axes.barh(where, beyond, height * 0.9, left=1, label=peer, color=_color(peer, peers))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("times as long as ours (fp32←fp32)")
@@ -402,7 +404,7 @@ def _draw_bandwidth(results: Results, axes: Axes) -> None:
     for peer, rows in timed.items():
         if peer != LIMIT:
             shares = [100 * _median(limits[name]) / _median(row) for name, row in rows.items()]
-            _line(axes, peer, [row.elements for row in rows.values()], shares)
+            _line(axes, peer, [*timed], [row.elements for row in rows.values()], shares)
     axes.axhline(100, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("parameters, in one tensor (fp32←fp32)")
@@ -412,10 +414,11 @@ def _draw_bandwidth(results: Results, axes: Axes) -> None:
 
 def _draw_tensors(results: Results, axes: Axes) -> None:
     figure = {"cpu": "wall", "cuda": "host"}[results.machine.device]
-    for peer, rows in _timed(results, COUNTS).items():
+    timed = _timed(results, COUNTS)
+    for peer, rows in timed.items():
         if peer != LIMIT:
             times = [row.times[figure].median for row in rows.values()]
-            _line(axes, peer, [row.tensors for row in rows.values()], times)
+            _line(axes, peer, [*timed], [row.tensors for row in rows.values()], times)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("tensors of 1024 elements (fp32←fp32)")
@@ -423,19 +426,18 @@ def _draw_tensors(results: Results, axes: Axes) -> None:
     _finish(axes)
 
 
-def _line(axes: Axes, peer: str, x: list[int], y: list[float]) -> None:
+def _line(axes: Axes, peer: str, peers: list[str], x: list[int], y: list[float]) -> None:
     width = 3 if peer in OURS else 1
-    axes.plot(x, y, marker="o", markersize=4, label=peer, linewidth=width, color=_color(peer))
+    axes.plot(
+        x, y, marker="o", markersize=4, label=peer, linewidth=width, color=_color(peer, peers)
+    )
 
 
-def _color(peer: str) -> str:
-    """Black and gray for ours, and for each other name a colour of its own in every picture."""
+def _color(peer: str, peers: list[str]) -> Any:  # noqa: ANN401
+    """Black and gray for ours; the others have the same order, and so color, in every picture."""
     if peer in OURS:
         return ("black", "dimgray")[OURS.index(peer)]
-    return _COLORS.setdefault(peer, f"C{len(_COLORS)}" if len(_COLORS) < 10 else "gold")
-
-
-_COLORS: dict[str, str] = {}
+    return colormaps["tab20"]([name for name in peers if name not in (LIMIT, *OURS)].index(peer))
 
 
 def _finish(axes: Axes) -> None:
