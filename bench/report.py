@@ -246,17 +246,23 @@ def _remarks(results: Results) -> str:
             f"(median over models and cases), at most by {max(noise):.0%}."
         )
     lines += _changing(results, figure)
-    reasons: dict[str, dict[str, None]] = {}
-    for row in results.rows:
+    return "\n".join([*lines, *_refusals(results.rows)])
+
+
+def _refusals(rows: list[Row]) -> list[str]:
+    """Who was not timed, and why: peers with the same reason in the same cases in one line."""
+    cases: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
         if row.peer == LIMIT and row.status == "skipped":
-            reasons.setdefault(f"{row.model}: skipped, {row.reason}", {})[row.case] = None
+            cases.setdefault((f"skipped, {row.reason}", row.model), {})[row.case] = None
         elif row.status != "timed" and row.schedule == "constant":
             # How far off a wrong one is, and on which tensor, differs from model to model.
             reason = "not timed" if row.status == "wrong" else row.reason
-            reasons.setdefault(f"{row.peer}: {row.status}, {reason}", {})[row.case] = None
-    for reason, cases in reasons.items():
-        lines.append(f"- {reason.rstrip('.')} ({', '.join(cases)}).")
-    return "\n".join(lines)
+            cases.setdefault((f"{row.status}, {reason}", row.peer), {})[row.case] = None
+    names: dict[tuple[str, str], list[str]] = {}
+    for (reason, name), found in cases.items():
+        names.setdefault((reason.rstrip("."), ", ".join(found)), []).append(name)
+    return [f"- {', '.join(who)}: {why} ({where})." for (why, where), who in names.items()]
 
 
 def _noise(results: Results) -> list[float]:
@@ -311,7 +317,7 @@ def _step_tables(results: Results) -> str:
         "",
         *_head(models),
     ]
-    for peer in dict.fromkeys(row.peer for row in rows):
+    for peer in dict.fromkeys(row.peer for row in rows if row.step is not None):
         texts = []
         for model in models:
             row, bare = cells[peer, model], cells[NO_EMA, model]
