@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.models import ARCHITECTURES, COUNTS, MANY_SMALL, SIZES, Model
-from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, StepRow
+from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, Spread, StepRow
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -139,8 +139,10 @@ def _rate_table(results: Results) -> str:
             if best is None or limit is None:
                 texts.append("–")
             else:
-                rate = best.bytes / _median(best) / 1e3
-                texts.append(f"{rate:.3g}, {_median(limit) / _median(best):.0%}")
+                rate = best.bytes / _main_spread(best).median / 1e3
+                texts.append(
+                    f"{rate:.3g}, {_main_spread(limit).median / _main_spread(best).median:.0%}"
+                )
         lines.append(f"| {case} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -214,9 +216,8 @@ def _cell(row: Row | None, best: Row | None, figure: str) -> str:
     return text
 
 
-def _median(row: Row) -> float:
-    """The main figure."""
-    return row.times["device" if "device" in row.times else "wall"].median
+def _main_spread(row: Row) -> Spread:
+    return row.times["device" if "device" in row.times else "wall"]
 
 
 def _milliseconds(microseconds: float) -> str:
@@ -276,7 +277,7 @@ def _noise(results: Results) -> list[float]:
 
 
 def _span(row: Row) -> float:
-    spread = row.times[MAIN_FIGURE["cuda" if "device" in row.times else "cpu"]]
+    spread = _main_spread(row)
     return (spread.high - spread.low) / spread.median
 
 
@@ -391,7 +392,7 @@ def _draw_speedup(results: Results, axes: Axes) -> None:
             best, row = _best(cells, model, figure), cells.get((peer, model))
             if best is not None and row is not None:
                 where.append(place + (index - (len(peers) - 1) / 2) * height)
-                ratios.append(_median(row) / _median(best))
+                ratios.append(_main_spread(row).median / _main_spread(best).median)
         beyond = [ratio - 1 for ratio in ratios]
         axes.barh(where, beyond, height * 0.9, left=1, label=peer, color=_color(peer, peers))
     axes.axvline(1, color="black", linewidth=1)
@@ -409,7 +410,10 @@ def _draw_bandwidth(results: Results, axes: Axes) -> None:
     limits = timed.get(LIMIT, {})
     for peer, rows in timed.items():
         if peer != LIMIT:
-            shares = [100 * _median(limits[name]) / _median(row) for name, row in rows.items()]
+            shares = [
+                100 * _main_spread(limits[name]).median / _main_spread(row).median
+                for name, row in rows.items()
+            ]
             _line(axes, peer, [*timed], [row.elements for row in rows.values()], shares)
     axes.axhline(100, color="black", linewidth=1)
     axes.set_xscale("log", base=2)

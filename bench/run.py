@@ -45,16 +45,21 @@ MEMORY_SHARE = 0.85
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--models", help="comma-separated; 'all'; default: all, on a CPU the small")
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe what `run` and `step` both take."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers.PEERS)}")
-    parser.add_argument("--quick", action="store_true", help="a first look, within a minute")
-    parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/<machine>.json")
+    parser.add_argument("--quick", action="store_true", help="a first look, no results file")
+    parser.add_argument("--out", type=Path, help="JSON; default: a file in bench/results/")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure, print a table, write the results file; a quick run only writes one if told to."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Measure, print a table, write the results file."""
+    device = chosen_device(args)
     models = selected_models(args.models, quick=args.quick, on_cpu=device.type == "cpu")
     keys = selected(args.peers, QUICK_PEERS if args.quick else peers.PEERS, peers.PEERS)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
@@ -69,8 +74,18 @@ def main(args: argparse.Namespace) -> None:
             bar.set_description(f"{model.name} {case}")
             rows += measured(model, case, keys, stopwatch, rounds, seconds)
     results = Results("update", machine, measured_commit, date.today().isoformat(), rows)
+    publish(results, args, machine.slug)
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """The device asked for, or the GPU if there is one."""
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def publish(results: Results, args: argparse.Namespace, name: str) -> None:
+    """Print the table and write the results file; a quick run only writes one if told where."""
     print(report.table(results))
-    out = args.out or (None if args.quick else FOLDER / f"{machine.slug}.json")
+    out = args.out or (None if args.quick else FOLDER / f"{name}.json")
     if out is not None:
         results.save(out)
         print(f"\nresults: {out}")
@@ -172,7 +187,7 @@ def _built(
     try:
         peer = peers.load(key)
     except ImportError as error:
-        yield Row(**{**row, "status": "absent", "reason": told(error)}), None
+        yield Row(**{**row, "status": "absent", "reason": in_one_line(error)}), None
         return
     row["peer"] = peer.NAME
     first_momentum = next(momenta("constant"))
@@ -186,7 +201,7 @@ def _built(
                 torch.cuda.synchronize()
             row["set_up"] = 1e6 * (time.perf_counter() - start)
     except Exception as error:  # whatever a peer raises is a finding
-        yield Row(**{**row, "status": status_of(error), "reason": told(error)}), None
+        yield Row(**{**row, "status": status_of(error), "reason": in_one_line(error)}), None
         return
     for schedule in SCHEDULES:
         row |= {"schedule": schedule, "status": "error", "reason": ""}
@@ -203,7 +218,7 @@ def _built(
                 row["launches"] = len(measure.launched(subject.update))
                 row["extra_memory"] = measure.extra_memory(subject.update)
         except Exception as error:
-            yield Row(**{**row, "status": status_of(error), "reason": told(error)}), None
+            yield Row(**{**row, "status": status_of(error), "reason": in_one_line(error)}), None
             continue
         yield Row(**{**row, "status": "timed"}), subject
 
@@ -228,7 +243,7 @@ def status_of(error: Exception) -> str:
     return "skipped" if isinstance(error, NotImplementedError) else "error"
 
 
-def told(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """An exception in one line of a table."""
     first_line = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {first_line}"[:200]

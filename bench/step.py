@@ -6,18 +6,24 @@ import argparse
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench import gate, measure, peers, report
+from bench import gate, measure, peers
 from bench.machine import commit, describe
 from bench.measure import Subject
-from bench.results import AGAIN, FOLDER, NO_EMA, Results, Spread, StepRow
-from bench.run import selected, status_of, told
+from bench.results import AGAIN, NO_EMA, Results, Spread, StepRow
+from bench.run import (
+    add_common_arguments,
+    chosen_device,
+    in_one_line,
+    publish,
+    selected,
+    status_of,
+)
 
 MOMENTUM = 0.001
 
@@ -132,16 +138,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"cnn": Cnn, "vit": Vit, "gpt": Gpt
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--models", help=f"comma-separated, of {', '.join(MODELS)}")
-    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers.PEERS)}")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no results file")
-    parser.add_argument("--out", type=Path, help="JSON; default: bench/results/<machine>-step.json")
+    add_common_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure, print a table, write the results file; a quick run only writes one if told to."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Measure, print a table, write the results file."""
+    device = chosen_device(args)
     models = selected(args.models, tuple(MODELS), tuple(MODELS))
     keys = selected(args.peers, peers.PEERS, peers.PEERS)
     machine, measured_commit = describe(device), commit()
@@ -151,11 +154,7 @@ def main(args: argparse.Namespace) -> None:
             bar.set_description(name)
             rows += measured(name, keys, device, QUICK_ROUNDS if args.quick else ROUNDS)
     results = Results("step", machine, measured_commit, date.today().isoformat(), rows)
-    print(report.table(results))
-    out = args.out or (None if args.quick else FOLDER / f"{machine.slug}-step.json")
-    if out is not None:
-        results.save(out)
-        print(f"\nresults: {out}")
+    publish(results, args, f"{machine.slug}-step")
 
 
 def measured(name: str, keys: list[str], device: torch.device, rounds: int) -> list[StepRow]:
@@ -229,9 +228,9 @@ def _built(
             built = peer.build(model, MOMENTUM, torch.float32)
             fault = gate.fault(built, model, (MOMENTUM, MOMENTUM))
     except ImportError as error:
-        return StepRow(name, elements, peer_name, "absent", told(error)), None
+        return StepRow(name, elements, peer_name, "absent", in_one_line(error)), None
     except Exception as error:  # whatever a peer raises is a finding
-        return StepRow(name, elements, peer_name, status_of(error), told(error)), None
+        return StepRow(name, elements, peer_name, status_of(error), in_one_line(error)), None
     if fault is not None:
         return StepRow(name, elements, peer_name, "wrong", fault), None
     return StepRow(name, elements, peer_name, "timed"), lambda: built.update(MOMENTUM)
