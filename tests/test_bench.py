@@ -229,6 +229,28 @@ def test_subjects_take_turns() -> None:
     assert len(seen) == 3 * 3
 
 
+def test_caches_are_flushed_before_an_update() -> None:
+    stopwatch = Stopwatch(CPU, 1000)
+    assert stopwatch._junk.nbytes == 2000
+    written = []
+    times = [
+        stopwatch.sample(Subject(lambda: written.append(stopwatch._junk[0].item())))
+        for _ in range(2)
+    ]
+    first, second = (written.index(round) for round in (1, 2))
+    assert first == 0  # before the first update, and not again before the repeated ones
+    assert written == [1] * second + [2] * (len(written) - second)
+    assert all({*found} == {"wall", "repeated"} for found in times)
+
+
+def test_a_wrong_peer_trains_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    load, fake = peers.load, fake_peer(lambda momentum: None, "wrong")
+    monkeypatch.setattr(peers, "load", lambda key: fake if key == "wrong" else load(key))
+    found, update = step._built("cnn", 1, "wrong", make_module(TINY, torch.float32, CPU))
+    assert update is None
+    assert (found.peer, found.status, found.step) == ("wrong", "wrong", None)
+
+
 def test_momenta() -> None:
     constant, changing = (measure.momenta(schedule) for schedule in run.SCHEDULES)
     assert {next(constant) for _ in range(100)} == {0.1}
