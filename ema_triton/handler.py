@@ -65,6 +65,9 @@ class EMAHandler:
             those of `ema_triton.schedules`; instead of the three arguments above.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating tensors, by default that of the model.
+        precision: How a bf16 or fp16 EMA takes small steps: "exact", "stochastic" or "nearest"; see
+            `ModelEMA`.
+        seed: Of the stochastic rounding.
 
     Attributes:
         ema: The `ModelEMA`.
@@ -107,6 +110,8 @@ class EMAHandler:
         schedule: Schedule | None = None,
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
+        precision: str = "exact",
+        seed: int = 0,
     ) -> None:
         given = (momentum, momentum_warmup, warmup_iters)
         if schedule is None:
@@ -120,7 +125,12 @@ class EMAHandler:
         self.schedule = schedule
         self.update_index = 0
         self.ema = ModelEMA(
-            model, handle_buffers=handle_buffers, backend=backend, ema_dtype=ema_dtype
+            model,
+            handle_buffers=handle_buffers,
+            backend=backend,
+            ema_dtype=ema_dtype,
+            precision=precision,
+            seed=seed,
         )
         self._handles: dict[Engine, RemovableEventHandle] = {}
         self._names: dict[Engine, str] = {}
@@ -277,7 +287,7 @@ class EMAHandler:
             raise ValueError(
                 "The state must be what EMAHandler.state_dict() returned, with 'update_index' and "
                 f"'schedule', but got {got}. To load a module's state dict, use "
-                "handler.ema_model.load_state_dict(weights)."
+                "handler.ema.load_state_dict(weights)."
             )
         update_index = state_dict["update_index"]
         if type(update_index) is not int or update_index < 0:

@@ -2,18 +2,24 @@
 
 A program takes one row of the chunk table: where the chunk's online elements start (an address),
 where its EMA elements start (an offset in the flat bucket), and how many there are.
+
+`precision.py` has the number formats in torch, and says why they are as they are. Conversions to
+and from bf16 are written on bits because Triton's interpreter truncates fp32 -> bf16, and gets the
+subnormals wrong on the way back; on a GPU reading one is one instruction either way.
 """
 
 import triton
 import triton.language as tl
+
+# The fewest rounds of Philox4x32 that pass all of BigCrush (Salmon et al., "Parallel random
+# numbers: as easy as 1, 2, 3", SC'11).
+PHILOX_ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
 def widen(x, COMPUTE: tl.constexpr):
     """Convert exactly to the arithmetic's dtype."""
     if x.dtype == tl.bfloat16:
-        # A bf16 is the high half of an fp32. Written on bits because the interpreter's own
-        # conversion is wrong for subnormals; on a GPU both are one instruction.
         high = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return high.to(tl.float32, bitcast=True).to(COMPUTE)
     return x.to(COMPUTE)
@@ -23,13 +29,82 @@ def widen(x, COMPUTE: tl.constexpr):
 def narrow(x, DTYPE: tl.constexpr):
     """Round to nearest-even into the stored dtype; NaN stays NaN, Inf stays Inf."""
     if DTYPE == tl.bfloat16:
-        # On bits because the interpreter truncates fp32 -> bf16.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # The carry could turn a NaN into an Inf: keep its high half and set the quiet bit.
         rounded = tl.where(x == x, rounded, (bits >> 16) | 0x40)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def narrow_stochastic(x, noise, DTYPE: tl.constexpr):
+    """Round to one of the two neighbours, such that the mean over all 16-bit `noise` is exact."""
+    bits = x.to(tl.uint32, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        # An Inf has no low half to carry; a NaN could carry into something else.
+        rounded = tl.where(x == x, (bits + noise) >> 16, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        # fp16 keeps 13 bits less than fp32, and below its smallest normal number 2**-14 more of
+        # them: there, adding 2**-14 brings them to the same place.
+        shift = tl.where(tl.abs(x) < 2**-14, 2**-14, 0.0)
+        size = (tl.abs(x) + shift).to(tl.uint32, bitcast=True)
+        size = tl.minimum(size, 0x7FC00000)  # of a NaN, so that it cannot carry either
+        size = (size + (noise & 0x1FFF)) & 0xFFFFE000
+        rounded = (size.to(tl.float32, bitcast=True) - shift).to(tl.uint32, bitcast=True)
+        return (rounded | (bits & 0x80000000)).to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def noise(state_ptr, first, SIZE: tl.constexpr):
+    """Uniform 16-bit integers for SIZE elements, `first` (a multiple of 8) and following.
+
+    A function of the seed, the number of the update and an element's index in the bucket. One call
+    of Philox gives 128 bits, enough for 8 elements: a call for each would make the update wait for
+    arithmetic instead of memory (65 instructions per element on sm_90 instead of 19).
+    """
+    seed = tl.load(state_ptr)
+    update = tl.load(state_ptr + 1)
+    call = first // 8 + tl.arange(0, SIZE // 8)
+    low = call.to(tl.uint32)
+    zeros = low * 0
+    a, b, c, d = tl.philox(
+        seed,
+        low,
+        (call >> 32).to(tl.uint32),
+        zeros + update.to(tl.uint32),
+        zeros + (update >> 32).to(tl.uint32),
+        n_rounds=PHILOX_ROUNDS,
+    )
+    # In the order a, b, c, d, the low half of each before its high half.
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.join(words & 0xFFFF, words >> 16).reshape(SIZE)
+
+
+@triton.jit
+def join(weight, companion):
+    """The fp32 value that an exact EMA keeps in a weight and its companion."""
+    wide = widen(weight, tl.float32)
+    if companion.dtype == tl.int16:
+        bits = wide.to(tl.int32, bitcast=True) + companion.to(tl.int32)
+        value = bits.to(tl.float32, bitcast=True)
+        # Where somebody else wrote the weight, an old companion can make a NaN of it.
+        return tl.where(value == value, value, wide)
+    else:
+        return tl.where(narrow(companion, weight.dtype) == weight, companion, wide)
+
+
+@triton.jit
+def split(value, WEIGHT: tl.constexpr, COMPANION: tl.constexpr):
+    """The weight and the companion from which `join` makes this value again."""
+    if COMPANION == tl.int16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = tl.where(value == value, bits, 0x7FC00000)
+        weight = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return weight, bits.to(tl.uint16).to(tl.int16, bitcast=True)
+    else:
+        return narrow(value, WEIGHT), value
 
 
 @triton.jit
@@ -45,10 +120,34 @@ def lerp(ema, online, momentum):
     return tl.fma(tl.zeros_like(ema) + weight, online - ema, tl.where(small, ema, online))
 
 
+@triton.jit
+def average(
+    ema_ptrs, online_ptrs, companion_ptrs, noise_ptr, first, mask, momentum, SIZE: tl.constexpr
+):
+    """ema = lerp(ema, online, momentum) for SIZE elements of the bucket, `first` and following."""
+    EMA: tl.constexpr = ema_ptrs.dtype.element_ty
+    COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
+    ema = tl.load(ema_ptrs, mask=mask)
+    online = widen(tl.load(online_ptrs, mask=mask), COMPUTE)
+    if companion_ptrs is not None:
+        companion = tl.load(companion_ptrs, mask=mask)
+        value = lerp(join(ema, companion), online, momentum)
+        ema, companion = split(value, EMA, companion.dtype)
+        tl.store(companion_ptrs, companion, mask=mask)
+    elif noise_ptr is not None:
+        value = lerp(widen(ema, COMPUTE), online, momentum)
+        ema = narrow_stochastic(value, noise(noise_ptr, first, SIZE), EMA)
+    else:
+        ema = narrow(lerp(widen(ema, COMPUTE), online, momentum), EMA)
+    tl.store(ema_ptrs, ema, mask=mask)
+
+
 @triton.jit(do_not_specialize_on_alignment=["momentum_ptr"])
 def ema_update(
     table_ptr,
     ema_ptr,
+    companion_ptr,
+    noise_ptr,
     momentum: tl.float64,
     momentum_ptr,
     ONLINE: tl.constexpr,
@@ -58,6 +157,9 @@ def ema_update(
 
     table_ptr: int64 [rows, 3]: online address; element offset in the bucket; length * 2 + aligned.
     ema_ptr: the flat bucket, 16-byte aligned.
+    companion_ptr: what a bucket of exact precision has beside each weight, or None.
+    noise_ptr: int64 [2], seed and number of this update, for a bucket of stochastic precision, or
+        None; read here, so that each replay of a captured graph rounds anew.
     momentum: used when momentum_ptr is None; a double, since fp64 buckets need all its digits.
     momentum_ptr: a 0-d tensor or None; read here, so that a captured graph follows its value.
     ONLINE: dtype of the online elements.
@@ -70,7 +172,7 @@ def ema_update(
     length = (length_and_flag >> 1).to(tl.int32)
 
     EMA: tl.constexpr = ema_ptr.dtype.element_ty
-    COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 or ONLINE == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
     # Read once, before the loop: the stores may alias it as far as the compiler knows.
     if momentum_ptr is not None:
         weight = tl.load(momentum_ptr).to(COMPUTE)
@@ -80,6 +182,11 @@ def ema_update(
     # Every tensor starts on a 16-byte boundary of the bucket. Hints go on the pointer: on the
     # integer they are lost.
     ema = tl.multiple_of(ema_ptr + offset, 16)
+    companion = companion_ptr
+    if companion_ptr is not None:
+        companion = tl.multiple_of(companion_ptr + offset, 16)
+    STORED: tl.constexpr = EMA if companion is None else companion.dtype.element_ty
+    WIDEST: tl.constexpr = STORED.primitive_bitwidth
     if length_and_flag & 1:
         # The bound is written as a multiple of 8 (the flag says that it is one): with a bound of
         # unknown divisibility every access would be scalar.
@@ -87,22 +194,39 @@ def ema_update(
         bound = (length // 8) * 8
         for start in range(0, bound, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            mask = index < bound
-            x_ptrs = online + index
-            if ONLINE.primitive_bitwidth < EMA.primitive_bitwidth:
-                # Both sides four elements wide: otherwise the narrow side is loaded eight wide
-                # and goes through shared memory, with barriers, to meet the wide one.
-                x_ptrs = tl.max_contiguous(x_ptrs, 4)
-            e = widen(tl.load(ema + index, mask=mask), COMPUTE)
-            x = widen(tl.load(x_ptrs, mask=mask), COMPUTE)
-            tl.store(ema + index, narrow(lerp(e, x, weight), EMA), mask=mask)
+            ema_ptrs = ema + index
+            online_ptrs = online + index
+            # Where one side is fp32, all are accessed four elements at a time: a narrow one would
+            # be accessed eight at a time, and go through shared memory, with barriers, to meet it.
+            if EMA.primitive_bitwidth < WIDEST:
+                ema_ptrs = tl.max_contiguous(ema_ptrs, 4)
+            if ONLINE.primitive_bitwidth < WIDEST:
+                online_ptrs = tl.max_contiguous(online_ptrs, 4)
+            average(
+                ema_ptrs,
+                online_ptrs,
+                None if companion is None else companion + index,
+                noise_ptr,
+                offset + start,
+                index < bound,
+                weight,
+                BLOCK,
+            )
     else:
         # Cast again: a hint marks the value itself and would leak into this branch. Smaller steps,
-        # since masking each element costs registers that the aligned branch would pay for.
+        # since masking each element costs registers that the aligned branch would pay for; with
+        # noise no smaller than the 8 elements per thread that one call gives.
         online = address.to(tl.pointer_type(ONLINE))
-        for start in range(0, length, BLOCK // 4):
-            index = start + tl.arange(0, BLOCK // 4)
-            mask = index < length
-            e = widen(tl.load(ema + index, mask=mask), COMPUTE)
-            x = widen(tl.load(online + index, mask=mask), COMPUTE)
-            tl.store(ema + index, narrow(lerp(e, x, weight), EMA), mask=mask)
+        SMALL: tl.constexpr = BLOCK // (4 if noise_ptr is None else 2)
+        for start in range(0, length, SMALL):
+            index = start + tl.arange(0, SMALL)
+            average(
+                ema + index,
+                online + index,
+                None if companion is None else companion + index,
+                noise_ptr,
+                offset + start,
+                index < length,
+                weight,
+                SMALL,
+            )

@@ -16,10 +16,10 @@ from ema_triton.plan import Bucket, Plan
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
 _NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Elements a program handles at a time, by the width of the EMA's elements. With 4 warps that is
-# 16 elements per thread, four accesses of 128 bits in flight on each side, at 32 to 38 registers
-# (fp64: 32, in a quarter of the elements).
-BLOCK = {2: 2048, 4: 2048, 8: 512}
+# Elements a program handles at a time, by the bytes that the EMA stores for each. With 4 warps, 2048
+# are 16 per thread, two to four accesses of 128 bits in flight on each side, at 32 to 40 registers.
+# As many of an exact fp16, 6 bytes, would take 42.
+BLOCK = {2: 2048, 4: 2048, 6: 1024, 8: 512}
 WARPS = 4
 
 # Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
@@ -36,6 +36,7 @@ def update(plan: Plan, momentum: float | Tensor) -> None:
     """
     for bucket in plan.buckets:
         if obstacle(bucket) is None:
+            bucket.count_update()
             _launch(bucket, momentum, len(bucket.chunk_table))
         else:
             reference.update_bucket(bucket, momentum)
@@ -80,10 +81,12 @@ def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
         ema_update[(chunks,)](
             bucket.chunk_table,
             bucket.flat,
+            bucket.companion,
+            bucket.draws,
             value,
             pointer,
             ONLINE=_NARROW.get(key.online_dtype, tl.float64),
-            BLOCK=BLOCK[key.ema_dtype.itemsize],
+            BLOCK=BLOCK[bucket.bytes_per_element],
             num_warps=WARPS,
         )
 

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from ema_triton import reference, saved
 from ema_triton.backend import Backend, check_name, choose
-from ema_triton.pairs import check_tensors, clean_name, own_copy
-from ema_triton.plan import Plan, make_plan
+from ema_triton.pairs import check_tensors, clean_name, listed, own_copy
+from ema_triton.plan import Memory, Plan, make_plan
+from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, shown
 
 logger = logging.getLogger("ema_triton")
 
 HANDLE_BUFFERS = ("copy", "update", "ema_train")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# The format of ModelEMA.state_dict().
-STATE_VERSION = 1
 
 
 class ModelEMA:
@@ -54,12 +53,20 @@ class ModelEMA:
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
-            online model. fp32 for a bf16 or fp16 model lets small momenta count.
+            online model.
+        precision: How bf16 and fp16 EMA tensors take small steps. "exact" keeps what their dtype
+            cannot hold beside them (2 bytes per bf16 parameter, 4 per fp16 one), so that they
+            accumulate as an fp32 EMA does; "stochastic" rounds up or down by chance, right in the
+            mean; "nearest" rounds to nearest as torch does, and stands still where the momentum is
+            small. Wider dtypes need none of it.
+        seed: Of the stochastic rounding, from 0 to 2**63 - 1; the same on all ranks keeps their
+            EMAs equal.
 
     Attributes:
         model: The online model, unwrapped.
         ema_model: The EMA model, in eval mode unless `handle_buffers` is "ema_train".
         handle_buffers: As given.
+        precision: As given.
 
     Raises:
         ValueError: An argument is not one of the accepted values; the model is not a Module; names
@@ -86,12 +93,15 @@ class ModelEMA:
         handle_buffers: str = "copy",
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
+        precision: str = "exact",
+        seed: int = 0,
     ) -> None:
         _check_model(model)
-        _check_choices(handle_buffers, ema_dtype)
+        _check_choices(handle_buffers, ema_dtype, precision, seed)
         check_name(backend)
         self.model = unwrap(model)
         self.handle_buffers = handle_buffers
+        self.precision = precision
         if ema_model is None:
             check_tensors(self.model)
             with torch.inference_mode(False):  # as in _make_plan
@@ -109,6 +119,7 @@ class ModelEMA:
         self._backend: Backend | None = None
         self._captured: list[Plan] = []
         self._warned = False
+        self._memory: Memory | None = Memory({}, seed, 0)
         self._make_plan(ema_dtype)
         self.ema_model.requires_grad_(False)
         self.ema_model.train(handle_buffers == "ema_train")
@@ -148,8 +159,7 @@ class ModelEMA:
             self._chosen.update(plan, momentum)
             if plan.on_cuda and torch.cuda.is_current_stream_capturing():
                 self._captured.append(plan)  # the graph goes on reading its chunk table
-            # Autograd learns of the write, as from any in-place operation.
-            torch.autograd.graph.increment_version(plan.ema_tensors)
+            plan.wrote()
 
     @_disable_dynamo
     def sync(self) -> None:
@@ -160,21 +170,23 @@ class ModelEMA:
         """
         with torch.no_grad():
             plan, online = self._current_plan()
-            ema = [*plan.copies.ema]
+            if online:
+                torch._foreach_copy_(plan.copies.ema, online)
             for bucket in plan.buckets:
-                ema += bucket.targets
-                online += bucket.sources
-            if ema:
-                torch._foreach_copy_(ema, online)
+                reference.copy_bucket(bucket)
             for pair in plan.kept:
                 current = pair.online_slots[0].read()
                 if current is not None:
                     for slot in pair.ema_slots:
                         slot.owner[slot.key] = own_copy(current, pair.ema.dtype)
-            torch.autograd.graph.increment_version(plan.ema_tensors)
+            plan.wrote()
 
     def state_dict(self) -> dict[str, Any]:
-        """The EMA model's state by clean name, for `torch.save`; tensors are shared, not copied."""
+        """The EMA's state by clean name, for `torch.save`; tensors are shared, not copied.
+
+        It holds the EMA model's weights, what an exact EMA keeps beside them ("companions"), and
+        from where stochastic rounding goes on ("rounding", the seed and the count of updates).
+        """
         # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
         # from one among others by that name.
         weights = self.ema_model.state_dict()
@@ -182,46 +194,88 @@ class ModelEMA:
         # The modules' versions, which nn.Module.load_state_dict looks for.
         metadata = getattr(weights, "_metadata", {})
         clean._metadata = {clean_name(name): value for name, value in metadata.items()}
-        return {"version": STATE_VERSION, "weights": clean}
+        plan = self._plan or self._make_plan()
+        rounding = {"seed": plan.seed, "updates": plan.updates}
+        return {
+            "version": saved.VERSION,
+            "weights": clean,
+            "precision": self.precision,
+            "companions": {pair.name: beside for pair, beside in plan.companions.current()},
+            "rounding": rounding if self.precision == "stochastic" else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned; values are converted to the EMA model's dtypes.
+        """Load what `state_dict` returned, or a module's state dict, and go on from there.
+
+        Values are converted to this EMA's dtypes and precision. A warning says what had to be
+        rounded, and what the state does not tell.
 
         Raises:
             ValueError: The state is not of this kind or version, or names or shapes do not fit.
                 Nothing has been loaded then.
         """
-        weights = _check_state(state)
+        found = saved.Saved.of(state)
         own = self.ema_model.state_dict()
         names = {clean_name(name): name for name in own}
-        problems = [f"'{name}' is missing" for name in names if name not in weights]
-        problems += [f"'{name}' is unexpected" for name in weights if name not in names]
-        for name in names.keys() & weights.keys():
-            mine, value = own[names[name]], weights[name]
+        found.check_fit({clean: own[name] for clean, name in names.items()})
+        plan, _ = self._current_plan()
+        exact = {pair.ema.data_ptr() for pair in plan.companions.pairs}
+
+        loaded: Any = OrderedDict()
+        loaded._metadata = getattr(found.weights, "_metadata", None)
+        values: dict[str, Tensor] = {}
+        rounded: list[str] = []
+        unknown: list[str] = []
+        for name in found.weights:
+            mine, value = own[names[name]], found.value(name)
+            loaded[names[name]] = value
             if not isinstance(mine, Tensor) or name.endswith("_extra_state"):
                 continue  # whatever the module makes of it
-            if not isinstance(value, Tensor):
-                problems.append(f"'{name}' is a {type(value).__name__}, not a tensor")
-            elif value.shape != mine.shape:
-                shapes = f"{tuple(value.shape)} in the state but {tuple(mine.shape)} here"
-                problems.append(f"'{name}' is {shapes}")
-            elif value.is_meta:
-                problems.append(f"'{name}' is on the meta device, without values")
-            elif value.is_complex() != mine.is_complex():
-                problems.append(f"'{name}' is {value.dtype} in the state but {mine.dtype} here")
-        if problems:
-            more = f" and {len(problems) - 10} more problems" if len(problems) > 10 else ""
-            raise ValueError(
-                f"The state does not fit this EMA model: {', '.join(problems[:10])}{more}. Nothing "
-                "was loaded. Load it into the EMA of a model like the one it was saved from."
-            )
-        loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
-        loaded._metadata = getattr(weights, "_metadata", None)
+            target = mine.dtype
+            if mine.data_ptr() in exact:
+                if found.precision is None and as_real(value).dtype in COMPANION_DTYPE:
+                    unknown.append(name)
+                values[name] = as_real(value).to(mine.device, torch.float32)
+                low = shown(values[name], as_real(mine).dtype)
+                loaded[names[name]] = torch.view_as_complex(low) if mine.is_complex() else low
+                target = torch.complex64 if mine.is_complex() else torch.float32
+            if saved.loses_digits(value.dtype, target):
+                rounded.append(name)
         self.ema_model.load_state_dict(loaded)
+        seed, updates = plan.seed, plan.updates
+        if found.precision == self.precision == "stochastic":
+            seed, updates = found.seed, found.updates
+        self._memory = Memory(values, seed, updates)
+        self._make_plan()
+
+        remarks = []
+        if rounded:
+            remarks.append(
+                f"{listed(rounded)} had more digits than this EMA keeps, and were rounded"
+            )
+        if unknown:
+            remarks.append(
+                f"what was rounded off {listed(unknown)} is not in a module's state dict, and the "
+                "exact EMA goes on from the weights as they are"
+            )
+        if found.precision is None and self.precision == "stochastic":
+            remarks.append(
+                "seed and count of the stochastic rounding are not in a module's state dict, and "
+                f"go on from seed {seed} and update {updates}"
+            )
+        if remarks:
+            warnings.warn(f"The state was loaded; but {'; '.join(remarks)}.", stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""
-        return {**self.__dict__, "_plan": None, "_backend": None, "_captured": []}
+        memory = self._memory if self._plan is None else self._plan.memory()
+        return {
+            **self.__dict__,
+            "_plan": None,
+            "_backend": None,
+            "_captured": [],
+            "_memory": memory,
+        }
 
     @property
     def _chosen(self) -> Backend:
@@ -233,7 +287,7 @@ class ModelEMA:
     def _current_plan(self) -> tuple[Plan, list[Tensor]]:
         """A plan that is not stale, and the online tensors that it copies."""
         plan = self._plan
-        if plan is not None and not plan.watch.is_stale():
+        if plan is not None and not plan.is_stale():
             online = plan.copies.read()
             if online is not None:
                 return plan, online
@@ -247,8 +301,8 @@ class ModelEMA:
             raise RuntimeError(
                 "A CUDA graph is being captured, and the EMA is not ready for it: it is new, or a "
                 "tensor of the online or the EMA model moved since the last update, and the graph "
-                "would keep old addresses. Call update() once after the last change of the models, "
-                "then capture."
+                "would keep old addresses, or an exact EMA was written. Call update() once after "
+                "the last change of the models, then capture."
             )
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -257,7 +311,9 @@ class ModelEMA:
                 self.ema_model,
                 self.handle_buffers,
                 ema_dtype=ema_dtype,
+                precision=self.precision,
                 previous=self._plan,
+                memory=self._memory,
             )
             backend = choose(self._requested_backend, plan)
         for bucket in self._plan.buckets if self._plan else ():
@@ -266,7 +322,7 @@ class ModelEMA:
                 torch.cuda.synchronize(bucket.key.device)
         if self._backend is None or self._backend.reason != backend.reason:
             logger.info("EMA backend: %s (%s)", backend.name, backend.reason)
-        self._plan, self._backend = plan, backend
+        self._plan, self._backend, self._memory = plan, backend, None
         return plan
 
     def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:
@@ -278,14 +334,19 @@ class ModelEMA:
                         f"is on {bucket.key.device}, where using it would wait for the device. "
                         "Give a float, or a tensor on the model's only device."
                     )
-            elif not self._warned and bucket.key.ema_dtype in (torch.bfloat16, torch.float16):
+            elif (
+                not self._warned
+                and self.precision == "nearest"
+                and bucket.key.ema_dtype in COMPANION_DTYPE
+            ):
                 resolution = torch.finfo(bucket.key.ema_dtype).eps
                 if 0 < momentum < resolution:
                     self._warned = True
                     warnings.warn(
                         f"momentum {momentum:g} is below the resolution of {bucket.key.ema_dtype} "
                         f"({resolution:g}): most updates of the EMA round away, and it stands "
-                        "still. Pass ema_dtype=torch.float32 to keep the EMA in fp32.",
+                        "still. precision='exact', the default, keeps what precision='nearest' "
+                        "rounds away.",
                         stacklevel=5,  # past the two frames of _disable_dynamo
                     )
 
@@ -340,7 +401,9 @@ def _check_model(model: object) -> None:
             )
 
 
-def _check_choices(handle_buffers: object, ema_dtype: object) -> None:
+def _check_choices(
+    handle_buffers: object, ema_dtype: object, precision: object, seed: object
+) -> None:
     if handle_buffers not in HANDLE_BUFFERS:
         raise ValueError(
             "handle_buffers can only be one of 'copy', 'update', 'ema_train', but got "
@@ -351,6 +414,17 @@ def _check_choices(handle_buffers: object, ema_dtype: object) -> None:
         raise ValueError(
             f"ema_dtype must be None or one of {', '.join(map(str, EMA_DTYPES))}, but got "
             f"{ema_dtype!r}. It is the dtype of the EMA model's floating tensors."
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, but got {precision!r}. "
+            "It says how a bf16 or fp16 EMA takes steps smaller than its dtype's: 'exact' keeps "
+            "the rest beside the weights, 'stochastic' rounds by chance, 'nearest' drops it."
+        )
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(
+            f"seed must be an int from 0 to 2**63 - 1, but got {seed!r}. Stochastic rounding draws "
+            "its random numbers from it."
         )
 
 
@@ -375,19 +449,3 @@ def _check_momentum(momentum: object) -> float | Tensor:
             "outside [0, 1] the EMA diverges. Give a value in [0, 1]."
         )
     return value
-
-
-def _check_state(state: object) -> Mapping[str, Any]:
-    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
-        got = f"keys {list(state)[:5]}" if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(
-            f"The state must be what ModelEMA.state_dict() returned, with 'version' and 'weights', "
-            f"but got {got}. To load a module's state dict, use ema_model.load_state_dict(state)."
-        )
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"The state has version {state.get('version')!r}, but this release of ema_triton reads "
-            f"version {STATE_VERSION}. Use the release that wrote it."
-        )
-    weights: Mapping[str, Any] = state["weights"]
-    return weights

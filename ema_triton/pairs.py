@@ -88,7 +88,7 @@ def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot])
     ):
         if names := [name for name in here if name not in there]:
             raise ValueError(
-                whose.format(kind, _listed(names))
+                whose.format(kind, listed(names))
                 + ". They would not be averaged. Build a new ModelEMA (or EMAHandler) after "
                 "changing the model's structure, or give an ema_model with the same names."
             )
@@ -190,7 +190,8 @@ def _refuse_split(name: str, other: str) -> None:
     )
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few of them, for a message."""
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

@@ -7,7 +7,7 @@ either model moves; its `Watch` notices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat, starmap
@@ -28,6 +28,7 @@ from ema_triton.pairs import (
     separate,
     tie,
 )
+from ema_triton.precision import COMPANION_DTYPE, as_real, join, shown, split
 
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
@@ -48,6 +49,7 @@ class Key(NamedTuple):
     online_dtype: torch.dtype
     is_complex: bool
     dense: bool
+    precision: str  # "nearest" for wider dtypes than bf16 and fp16
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +58,29 @@ class Bucket:
 
     `targets` and `sources` are the EMA and the online elements in the same order of memory:
     one-dimensional where dense, else in the online tensor's shape. A source shares its online
-    tensor's storage and so keeps it alive: nothing else can appear at that address.
+    tensor's storage and so keeps it alive: nothing else can appear at that address. `companion`
+    lies as `flat` does, where the precision is exact. `draws`, where it is stochastic, is int64
+    [2]: the bucket's seed, and the number of updates made.
     """
 
     key: Key
     names: list[str]
     flat: Tensor
+    companion: Tensor | None
+    draws: Tensor | None
     offsets: list[int]
     targets: list[Tensor]
     sources: list[Tensor]
+
+    @property
+    def bytes_per_element(self) -> int:
+        """What the EMA stores."""
+        return self.flat.itemsize + (0 if self.companion is None else self.companion.itemsize)
+
+    def count_update(self) -> None:
+        """To be called before each update, which rounds by this number where that is by chance."""
+        if self.draws is not None:
+            self.draws[1:].add_(1)
 
     @cached_property
     def chunk_table(self) -> Tensor:
@@ -219,6 +235,67 @@ class Copies:
 _kind = attrgetter("dtype", "device", "layout")
 
 
+@dataclass(eq=False)
+class Companions:
+    """The exact EMA tensors, and what each has beside it; stale where somebody else wrote it.
+
+    A write shows in the tensor's version, and what replaces its memory in its address. (A write
+    through `.data` shows in neither: then the EMA goes on from a value that rounds to what was
+    written.)
+    """
+
+    pairs: list[Pair]
+    companions: list[Tensor]  # in the buckets, with the weights' shapes and strides
+    weights: list[Tensor]
+    addresses: list[int]
+    versions: list[int]
+    writes: int = 0  # ours since then, each a version
+
+    @classmethod
+    def of(cls, beside: list[tuple[Pair, Tensor]]) -> Companions:
+        """The pairs with their companions, as they are now."""
+        weights = [pair.ema for pair, _ in beside]
+        return cls(
+            pairs=[pair for pair, _ in beside],
+            companions=[companion for _, companion in beside],
+            weights=weights,
+            addresses=[*map(Tensor.data_ptr, weights)],
+            versions=[*map(_version, weights)],
+        )
+
+    def are_stale(self) -> bool:
+        """Whether somebody else wrote one; versions only grow, so their sum tells."""
+        expected = sum(self.versions) + self.writes * len(self.versions)
+        return bool(sum(map(_version, self.weights)) != expected)
+
+    def current(self) -> Iterator[tuple[Pair, Tensor]]:
+        """Those that nobody else wrote, moved or replaced."""
+        for pair, companion, weight, address, version in zip(
+            self.pairs, self.companions, self.weights, self.addresses, self.versions, strict=True
+        ):
+            if (
+                pair.ema_slots[0].read() is weight
+                and (weight.data_ptr(), as_real(weight).stride()) == (address, companion.stride())
+                and weight._version == version + self.writes
+            ):
+                yield pair, companion
+
+
+_version = attrgetter("_version")
+
+
+class Memory(NamedTuple):
+    """What an EMA knows beside its weights.
+
+    `values` are the fp32 values of exact tensors by name. They count where they round to the
+    weights, which somebody may have written.
+    """
+
+    values: Mapping[str, Tensor]
+    seed: int
+    updates: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Everything an update does: average the buckets, make the copies.
@@ -230,7 +307,30 @@ class Plan:
     copies: Copies
     kept: list[Pair]
     ema_tensors: list[Tensor]
+    companions: Companions
+    seed: int
     watch: Watch
+
+    def is_stale(self) -> bool:
+        """Whether a tensor moved, or an exact EMA was written by somebody else."""
+        return self.watch.is_stale() or self.companions.are_stale()
+
+    def wrote(self) -> None:
+        """Tell autograd of a write to the EMA tensors, as from any in-place operation."""
+        torch.autograd.graph.increment_version(self.ema_tensors)
+        self.companions.writes += 1
+
+    @property
+    def updates(self) -> int:
+        """How many updates were rounded stochastically; waits for the device."""
+        drawn = [bucket.draws for bucket in self.buckets if bucket.draws is not None]
+        return int(drawn[0][1]) if drawn else 0
+
+    def memory(self) -> Memory:
+        """What another plan for the same weights needs to go on from there."""
+        exact = self.companions.current()
+        values = {pair.name: join(as_real(pair.ema), companion) for pair, companion in exact}
+        return Memory(values, self.seed, self.updates)
 
     @cached_property
     def on_cuda(self) -> bool:
@@ -244,7 +344,9 @@ def make_plan(
     handle_buffers: str,
     *,
     ema_dtype: torch.dtype | None = None,
+    precision: str = "nearest",
     previous: Plan | None = None,
+    memory: Memory | None = None,
 ) -> Plan:
     """Pair the models' tensors by name, group them into buckets, and lay the EMA side flat.
 
@@ -257,7 +359,9 @@ def make_plan(
             Its tensors become views of the buckets, on the online tensors' devices.
         handle_buffers: "copy", "update" or "ema_train".
         ema_dtype: Cast the EMA's real floating tensors to it; None leaves their dtypes.
-        previous: The plan that went stale.
+        precision: How bf16 and fp16 EMA tensors are averaged: "exact", "stochastic" or "nearest".
+        previous: The plan that went stale, which knows more than the weights.
+        memory: The same from elsewhere.
 
     Raises:
         ValueError: The models' names or shapes disagree, or a tensor has no memory of its own.
@@ -290,85 +394,148 @@ def make_plan(
     # Small tensors first and side by side: the reference path gathers them.
     for pair in sorted(averaged, key=lambda pair: pair.online.numel()):
         if pair.online.numel():
-            groups.setdefault(_key(pair, ema_dtype), []).append(pair)
+            groups.setdefault(_key(pair, ema_dtype, precision), []).append(pair)
+    past = _Past.of(previous, memory)
     # From here on tensors change.
     kept = buffers if handle_buffers == "ema_train" else []
     for pair in averaged + copied + kept:
         for owner, key in pair.ema_slots:
             owner[key] = pair.ema
+    # The others are converted where they are laid flat: an exact one keeps digits that its own
+    # dtype cannot hold.
+    for pair in [pair for pair in averaged if not pair.online.numel()] + copied + kept:
         dtype = ema_dtype if pair.ema.is_floating_point() else None
         if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
             pair.ema.data = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
-    flats = [bucket.flat for bucket in previous.buckets] if previous else []
-    buckets = [_lay_flat(key, pairs, flats) for key, pairs in groups.items()]
+    beside: list[tuple[Pair, Tensor]] = []
+    buckets = [
+        _lay_flat(key, pairs, number, past, beside)
+        for number, (key, pairs) in enumerate(groups.items())
+    ]
     return Plan(
         buckets=buckets,
         copies=Copies.of(copied),
         kept=kept,
         ema_tensors=[pair.ema for pair in averaged],
+        companions=Companions.of(beside),
+        seed=past.seed,
         watch=Watch.over(model, ema_model, averaged),
     )
 
 
-def _key(pair: Pair, ema_dtype: torch.dtype | None) -> Key:
+def _key(pair: Pair, ema_dtype: torch.dtype | None, precision: str) -> Key:
     is_complex = pair.ema.is_complex()
     if ema_dtype is None or is_complex:
         ema_dtype = REAL_DTYPE[pair.ema.dtype]
     online_dtype = REAL_DTYPE[pair.online.dtype]
     dense = torch.ops.aten.is_non_overlapping_and_dense(pair.online)
-    return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense)
+    if ema_dtype not in COMPANION_DTYPE:
+        precision = "nearest"
+    return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense, precision)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+class _Past(NamedTuple):
+    """What a new plan takes over."""
+
+    buckets: list[Bucket]
+    companions: dict[int, Tensor]  # by the weight's id
+    values: Mapping[str, Tensor]
+    seed: int
+    draws: Tensor | int  # how many updates were rounded stochastically
+
+    @classmethod
+    def of(cls, previous: Plan | None, memory: Memory | None) -> _Past:
+        if previous is None:
+            memory = memory or Memory({}, 0, 0)
+            return cls([], {}, *memory)
+        if memory is not None:
+            return cls(previous.buckets, {}, *memory)
+        companions = {id(pair.ema): rest for pair, rest in previous.companions.current()}
+        draws = [bucket.draws[1] for bucket in previous.buckets if bucket.draws is not None]
+        return cls(previous.buckets, companions, {}, previous.seed, draws[0] if draws else 0)
 
 
-def _lay_flat(key: Key, pairs: list[Pair], flats: list[Tensor]) -> Bucket:
-    """Make the EMA tensors of one bucket views of one buffer, with the online tensors' strides."""
+def _lay_flat(
+    key: Key, pairs: list[Pair], number: int, past: _Past, beside: list[tuple[Pair, Tensor]]
+) -> Bucket:
+    """Make the EMA tensors of one bucket views of one buffer, with the online tensors' strides.
+
+    Their companions, if they have any, are appended to `beside`.
+    """
     align = ALIGNMENT // key.ema_dtype.itemsize
-    sources = [_real(pair.online) for pair in pairs]
+    sources = [as_real(pair.online) for pair in pairs]
     offsets, total = [], 0
     for source in sources:
         offsets.append(total)
         total += -(-source.numel() // align) * align
 
-    flat = _still_flat(key, pairs, offsets, total, flats)
-    if flat is None:
-        flat = torch.zeros(total, dtype=key.ema_dtype, device=key.device)
+    kept = _still_flat(key, pairs, offsets, total, past.buckets)
+    flat = kept.flat if kept else torch.zeros(total, dtype=key.ema_dtype, device=key.device)
+    companion, draws = None, None
+    if key.precision == "exact":
+        companion = kept.companion if kept else None
+        if companion is None:
+            companion = torch.zeros_like(flat, dtype=COMPANION_DTYPE[key.ema_dtype])
+    elif key.precision == "stochastic":
+        draws = torch.tensor([(past.seed + number) % 2**63, 0], device=key.device)
+        draws[1] = past.draws
     views = []
     for pair, source, offset in zip(pairs, sources, offsets, strict=True):
         strides = source.stride() if key.dense else _contiguous_strides(source.shape)
         view = flat.as_strided(source.shape, strides, offset)
-        values = _real(pair.ema)
-        if (values.data_ptr(), values.stride()) != (view.data_ptr(), view.stride()):
+        values = as_real(pair.ema)
+        in_place = kept is not None and (
+            (values.data_ptr(), values.stride()) == (view.data_ptr(), view.stride())
+        )
+        if companion is not None:
+            rest = companion.as_strided(source.shape, strides, offset)
+            if not (in_place and id(pair.ema) in past.companions):
+                split(_value(pair, past).to(key.device), view, rest)
+            beside.append((pair, rest))
+        elif not in_place:
             # A clone, because the values may lie in this very memory in another order.
             view.copy_(values.clone())
+        if not in_place:
             pair.ema.data = torch.view_as_complex(view) if key.is_complex else view
         views.append(view)
     if key.dense:
         sources = [source.as_strided((source.numel(),), (1,)) for source in sources]
         views = [flat[o : o + s.numel()] for o, s in zip(offsets, sources, strict=True)]
-    return Bucket(key, [pair.name for pair in pairs], flat, offsets, views, sources)
+    names = [pair.name for pair in pairs]
+    return Bucket(key, names, flat, companion, draws, offsets, views, sources)
+
+
+def _value(pair: Pair, past: _Past) -> Tensor:
+    """The fp32 value of an exact EMA tensor, in memory of its own; its weight, if that is all."""
+    weight = as_real(pair.ema)
+    companion = past.companions.get(id(pair.ema))
+    if companion is not None:
+        return join(weight, companion)
+    value = weight.to(torch.float32, copy=True)
+    if pair.name in past.values:
+        remembered = past.values[pair.name].to(value)
+        value = torch.where(shown(remembered, weight.dtype) == weight, remembered, value)
+    return value
 
 
 def _still_flat(
-    key: Key, pairs: list[Pair], offsets: list[int], total: int, flats: list[Tensor]
-) -> Tensor | None:
-    """The buffer that already holds these EMA tensors at these offsets, if there is one."""
+    key: Key, pairs: list[Pair], offsets: list[int], total: int, buckets: list[Bucket]
+) -> Bucket | None:
+    """The bucket whose buffer holds these EMA tensors at these offsets already, if there is one."""
     itemsize = key.ema_dtype.itemsize
     base = pairs[0].ema.data_ptr()
-    for flat in flats:
+    for bucket in buckets:
         if (
-            flat.data_ptr() == base
-            and flat.numel() == total
-            and flat.dtype == key.ema_dtype
+            bucket.flat.data_ptr() == base
+            and bucket.flat.numel() == total
+            and bucket.flat.dtype == key.ema_dtype
+            and bucket.flat.device == key.device
             and all(
                 pair.ema.data_ptr() == base + offset * itemsize
                 for pair, offset in zip(pairs, offsets, strict=True)
             )
         ):
-            return flat
+            return bucket
     return None
 
 

@@ -1,7 +1,7 @@
 """The update through `torch._foreach_lerp_`: what runs without Triton, and the kernel's oracle.
 
-Tensors of one dtype are averaged where they lie. Different dtypes meet in a bounded scratch, never
-in a temporary as large as the model. Nothing waits for the device.
+Tensors of one dtype are averaged where they lie. Where values have to be converted, they are in a
+bounded scratch, never in a temporary as large as the model. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ema_triton.noise import Noise
 from ema_triton.plan import ALIGNMENT, Bucket, Plan
+from ema_triton.precision import Scratch, join, narrow_stochastic, split
 
 # Elements in the scratch: 4 MiB of fp32 for each side that needs widening. For 25 M bf16 into fp32
 # on a CPU: 5.5 ms; with a quarter of it 8.1 ms, with four times 5.9 ms.
@@ -40,10 +42,10 @@ def update(plan: Plan, momentum: float | Tensor) -> None:
 
 def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
     """ema = lerp(ema, online, momentum) for every tensor of the bucket."""
-    ema_dtype, online_dtype = bucket.key.ema_dtype, bucket.key.online_dtype
-    compute = _compute_dtype(bucket)
+    key, compute = bucket.key, _compute_dtype(bucket)
+    one_dtype = key.ema_dtype == key.online_dtype and key.precision == "nearest"
     # A tensor weight must have the operands' dtype, and in bf16 it would keep two digits only.
-    if ema_dtype == online_dtype and (isinstance(momentum, float) or ema_dtype == compute):
+    if one_dtype and (isinstance(momentum, float) or key.ema_dtype == compute):
         direct = _direct.get(bucket) or _direct.setdefault(bucket, _lay_direct(bucket))
         for parts, gathered in direct.gathers:
             torch.cat(parts, out=gathered)
@@ -54,15 +56,23 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
             torch._foreach_lerp_(direct.targets, direct.sources, weights)
         return
 
+    bucket.count_update()
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
-    for step in _widened.get(bucket) or _widened.setdefault(bucket, _lay_widened(bucket)):
+    for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
         torch._foreach_copy_(step.places, step.parts)
-        if step.wide_target is None:
-            step.target.lerp_(step.wide_source, weight)
-        else:
-            step.wide_target.copy_(step.target)
-            step.wide_target.lerp_(step.wide_source, weight)
-            step.target.copy_(step.wide_target)
+        step.load().lerp_(step.online, weight)
+        step.store()
+
+
+def copy_bucket(bucket: Bucket) -> None:
+    """ema = online for every tensor of the bucket, as far as its precision goes."""
+    if bucket.companion is None:
+        torch._foreach_copy_(bucket.targets, bucket.sources)
+        return
+    for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
+        torch._foreach_copy_(step.places, step.parts)
+        step.ema.copy_(step.online)
+        step.store()
 
 
 class _Direct(NamedTuple):
@@ -74,18 +84,54 @@ class _Direct(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A stretch of the bucket that fits the scratch: `parts` are copied to `places` in it."""
+    """A stretch of the bucket, averaged in a scratch of the arithmetic's dtype.
 
+    The online `parts` are copied to `places` in `online`. `ema` is a scratch too, or `weight`, the
+    stretch itself, where that has the dtype.
+    """
+
+    begin: int
     places: list[Tensor]
     parts: list[Tensor]
-    wide_source: Tensor
-    wide_target: Tensor | None
-    target: Tensor
+    online: Tensor
+    ema: Tensor
+    weight: Tensor
+    companion: Tensor | None
+    draws: Tensor | None
+    scratch: Scratch | None  # for a precision other than "nearest"
+    noise: Noise | None
+
+    def load(self) -> Tensor:
+        """Fill `ema` from the bucket."""
+        if self.companion is not None:
+            _move(join(self.weight, self.companion, self.scratch), self.ema)
+        else:
+            _move(self.weight, self.ema)
+        return self.ema
+
+    def store(self) -> None:
+        """Write `ema` into the bucket, rounded as the precision says; `ema` is used up."""
+        if self.scratch is None:
+            _move(self.ema, self.weight)
+            return
+        value = self.scratch.value
+        _move(self.ema, value)
+        if self.companion is not None:
+            split(value, self.weight, self.companion, self.scratch)
+        elif self.noise is not None and self.draws is not None:
+            drawn = self.noise.draw(self.draws, self.begin, self.weight.numel())
+            narrow_stochastic(value, drawn, self.weight, self.scratch)
+
+
+def _move(source: Tensor, target: Tensor) -> None:
+    """Copy, unless they are the same."""
+    if source.data_ptr() != target.data_ptr():
+        target.copy_(source)
 
 
 # Views and scratch live as long as their bucket; none of them refers to it.
 _direct: WeakKeyDictionary[Bucket, _Direct] = WeakKeyDictionary()
-_widened: WeakKeyDictionary[Bucket, list[_Step]] = WeakKeyDictionary()
+_steps: WeakKeyDictionary[Bucket, list[_Step]] = WeakKeyDictionary()
 
 
 def _compute_dtype(bucket: Bucket) -> torch.dtype:
@@ -122,45 +168,56 @@ def _lay_direct(bucket: Bucket) -> _Direct:
 
 
 @torch.inference_mode(False)
-def _lay_widened(bucket: Bucket) -> list[_Step]:
-    return [*_steps(bucket)]
+def _lay_steps(bucket: Bucket) -> list[_Step]:
+    key, compute = bucket.key, _compute_dtype(bucket)
+    size = min(SCRATCH, bucket.flat.numel())
+    online = bucket.flat.new_zeros(size, dtype=compute)
+    scratch = Scratch.like(bucket.flat[:size]) if key.precision != "nearest" else None
+    noise = Noise(size, key.device) if key.precision == "stochastic" else None
+    if scratch is not None and compute == torch.float32:
+        ema = scratch.value
+    else:
+        ema = bucket.flat.new_zeros(size if key.ema_dtype != compute else 0, dtype=compute)
+
+    steps = []
+    for stretch in _stretches(bucket):
+        begin = stretch[0][0]
+        end = stretch[-1][0] + stretch[-1][1].numel()
+        weight = bucket.flat[begin:end]
+        step = _Step(
+            begin=begin,
+            places=[online[o - begin : o - begin + p.numel()].view(p.shape) for o, p in stretch],
+            parts=[part for _, part in stretch],
+            online=online[: end - begin],
+            weight=weight,
+            ema=ema[: end - begin] if len(ema) else weight,
+            companion=None if bucket.companion is None else bucket.companion[begin:end],
+            draws=bucket.draws,
+            scratch=None if scratch is None else scratch.first(end - begin),
+            noise=noise,
+        )
+        steps.append(step)
+    return steps
 
 
-def _steps(bucket: Bucket) -> Iterator[_Step]:
-    compute, size = _compute_dtype(bucket), min(SCRATCH, bucket.flat.numel())
-    source_scratch = bucket.flat.new_zeros(size, dtype=compute)
-    target_scratch = None
-    if bucket.key.ema_dtype != compute:
-        target_scratch = bucket.flat.new_zeros(size, dtype=compute)
-
-    if not bucket.key.dense:
-        for whole in zip(bucket.targets, bucket.sources, strict=True):
-            for target, part in _bisected(*whole):
-                wide = source_scratch[: part.numel()].view(part.shape)
-                wide_target = target_scratch
-                if wide_target is not None:
-                    wide_target = wide_target[: part.numel()].view(part.shape)
-                yield _Step([wide], [part], wide, wide_target, target)
-        return
-
-    for begin in range(0, bucket.flat.numel(), SCRATCH):
-        target = bucket.flat[begin : begin + SCRATCH]
-        places, parts = [], []
-        for offset, source in zip(bucket.offsets, bucket.sources, strict=True):
-            first = max(offset, begin)
-            last = min(offset + source.numel(), begin + SCRATCH)
-            if first < last:
-                places.append(source_scratch[first - begin : last - begin])
-                parts.append(source[first - offset : last - offset])
-        wide_target = None if target_scratch is None else target_scratch[: target.numel()]
-        yield _Step(places, parts, source_scratch[: target.numel()], wide_target, target)
+def _stretches(bucket: Bucket) -> Iterator[list[tuple[int, Tensor]]]:
+    """The sources, each with its offset, by as many as the scratch holds."""
+    stretch: list[tuple[int, Tensor]] = []
+    for whole in zip(bucket.offsets, bucket.sources, strict=True):
+        for offset, part in _halved(*whole):
+            if stretch and offset + part.numel() > stretch[0][0] + SCRATCH:
+                yield stretch
+                stretch = []
+            stretch.append((offset, part))
+    yield stretch
 
 
-def _bisected(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Halve both along their longest dimension until they fit the scratch."""
+def _halved(offset: int, source: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Halve it until it fits the scratch, along its first dimension: its EMA stays in one piece."""
     if source.numel() <= SCRATCH:
-        yield target, source
+        yield offset, source
         return
-    dim = max(range(source.dim()), key=source.size)
-    for pair in zip(target.chunk(2, dim), source.chunk(2, dim), strict=True):
-        yield from _bisected(*pair)
+    dim = next(dim for dim in range(source.dim()) if source.size(dim) > 1)
+    one, other = source.chunk(2, dim)
+    yield from _halved(offset, one)
+    yield from _halved(offset + one.numel(), other)

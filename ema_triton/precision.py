@@ -1,0 +1,123 @@
+"""How an EMA in bf16 or fp16 keeps what its dtype cannot hold: the number formats, in torch.
+
+Added to such a weight, a small momentum's share rounds away, and the EMA stands still. So
+
+- "exact" keeps a companion beside each weight, and from the two an fp32 value. Beside a bf16 it is
+  an int16: the weight is the fp32's high half, rounded, and the companion its low half as a signed
+  number, so that (weight << 16) + companion are the fp32's bits. Halves are rounded away from zero:
+  to even, as elsewhere, 65537 values would share an even weight, one more than 16 bits tell apart.
+  fp16 has another range than fp32, and beside it stands the fp32 itself.
+- "stochastic" rounds up or down by chance, such that the mean is exact.
+- "nearest" rounds to nearest-even, as torch does.
+
+`kernels.py` has the same in Triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("exact", "stochastic", "nearest")
+
+# What "exact" keeps beside a weight, for the dtypes that need it.
+COMPANION_DTYPE = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+
+
+class Scratch(NamedTuple):
+    """Where values are converted, all of one shape: so that an update allocates nothing."""
+
+    value: Tensor  # fp32
+    spare: Tensor  # fp32
+    half: Tensor  # fp16
+    mask: Tensor  # bool
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> Scratch:
+        """For values of this tensor's shape and strides, on its device."""
+        dtypes = (torch.float32, torch.float32, torch.float16, torch.bool)
+        return cls(*(torch.zeros_like(tensor, dtype=dtype) for dtype in dtypes))
+
+    def first(self, count: int) -> Scratch:
+        """For `count` values."""
+        return Scratch(*(tensor[:count] for tensor in self))
+
+
+def join(weight: Tensor, companion: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """The fp32 values of exact weights and their companions, in the scratch.
+
+    Where somebody wrote a weight and its companion is still the old one, the value is one that
+    rounds to the weight.
+    """
+    scratch = scratch or Scratch.like(weight)
+    value, spare, half, mask = scratch
+    value.copy_(weight)
+    if companion.dtype == torch.int16:
+        torch.add(_bits(value), companion, out=_bits(spare))
+        # An old companion can make a NaN of the weight, as a negative one does of 0.
+        torch.ne(spare, spare, out=mask)
+        torch.where(mask, value, spare, out=value)
+    else:
+        torch.ne(half.copy_(companion), weight, out=mask)
+        torch.where(mask, value, companion, out=value)
+    return value
+
+
+def split(value: Tensor, weight: Tensor, companion: Tensor, scratch: Scratch | None = None) -> None:
+    """Write fp32 values into exact weights and their companions; `value` is used up."""
+    if companion.dtype == torch.int16:
+        mask = None if scratch is None else scratch.mask
+        # All the bits of a NaN, rounded, could become those of another number.
+        value.masked_fill_(torch.ne(value, value, out=mask), float("nan"))
+        companion.copy_(_bits(value))  # its low half
+        _bits(value).add_(0x8000).bitwise_right_shift_(16)
+        weight.view(torch.int16).copy_(_bits(value))
+    else:
+        companion.copy_(value)
+        weight.copy_(value)
+
+
+def shown(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights in which exact fp32 values show."""
+    weight = torch.empty_like(value, dtype=dtype)
+    split(value.clone(), weight, torch.empty_like(value, dtype=COMPANION_DTYPE[dtype]))
+    return weight
+
+
+def narrow_stochastic(value: Tensor, noise: Tensor, weight: Tensor, scratch: Scratch) -> None:
+    """Round fp32 values into weights, such that the mean over all noise is exact.
+
+    Args:
+        value: fp32; used up.
+        noise: int32, uniform in [0, 65536); used up.
+        weight: bf16 or fp16; receives one of the two neighbours of each value, or itself.
+        scratch: Its `value` may be `value`.
+    """
+    spare, half, mask = scratch.spare, scratch.half, scratch.mask
+    if weight.dtype == torch.bfloat16:
+        # An Inf has no low half to carry; a NaN could carry into something else.
+        value.masked_fill_(torch.ne(value, value, out=mask), float("nan"))
+        _bits(value).add_(noise).bitwise_right_shift_(16)
+        weight.view(torch.int16).copy_(_bits(value))
+        return
+    # fp16 keeps 13 bits less than fp32, and below its smallest normal number 2**-14 more of them:
+    # there, adding 2**-14 brings them to the same place.
+    torch.abs(value, out=spare)
+    half.copy_(torch.lt(spare, 2**-14, out=mask)).mul_(2**-14)
+    spare.add_(half)
+    _bits(spare).clamp_(max=0x7FC00000)  # of a NaN, so that it cannot carry either
+    _bits(spare).add_(noise.bitwise_and_(0x1FFF)).bitwise_and_(-0x2000)
+    torch.copysign(spare.sub_(half), value, out=spare)
+    weight.copy_(spare)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor, or if it is complex a view of it as pairs of reals; without autograd."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(torch.int32)

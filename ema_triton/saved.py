@@ -1,0 +1,124 @@
+"""A saved state: what is in it, whether it fits an EMA model, and what each tensor's value was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join
+
+# The format of ModelEMA.state_dict().
+VERSION = 1
+
+
+class Saved(NamedTuple):
+    """What `ModelEMA.state_dict` returned, or a module's state dict, by clean name."""
+
+    weights: Mapping[str, Any]
+    companions: Mapping[str, Any]
+    precision: str | None  # None: a module's state dict does not tell
+    seed: int
+    updates: int  # that were rounded stochastically
+
+    @classmethod
+    def of(cls, state: object) -> Saved:
+        """Take it apart.
+
+        Raises:
+            ValueError: It is neither of the two, of another version, or damaged.
+        """
+        if not isinstance(state, Mapping) or not state:
+            got = "an empty one" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+            raise ValueError(
+                "The state must be a dict, what ModelEMA.state_dict() or a module's state_dict() "
+                f"returned, but got {got}."
+            )
+        if not isinstance(state.get("weights"), Mapping):
+            if "version" in state or not any(isinstance(v, Tensor) for v in state.values()):
+                raise ValueError(
+                    "The state must be what ModelEMA.state_dict() returned, with 'version' and "
+                    f"'weights', or a module's state dict, but got keys {[*state][:5]}."
+                )
+            return cls(state, {}, None, 0, 0)
+        if state.get("version") != VERSION:
+            raise ValueError(
+                f"The state has version {state.get('version')!r}, but this release of ema_triton "
+                f"reads version {VERSION}. Use the release that wrote it."
+            )
+        precision, companions = state.get("precision"), state.get("companions")
+        rounding = state.get("rounding") or {"seed": 0, "updates": 0}
+        counts = [rounding.get(key) for key in ("seed", "updates")]
+        if (
+            precision not in PRECISIONS
+            or not isinstance(companions, Mapping)
+            or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        ):
+            raise ValueError(
+                f"The state's precision is {precision!r}, its companions are a "
+                f"{type(companions).__name__}, its rounding is {rounding!r}. It should hold one of "
+                f"{', '.join(PRECISIONS)}; a dict; and a seed and a number of updates. The "
+                "checkpoint is damaged."
+            )
+        return cls(state["weights"], companions, precision, *counts)
+
+    def check_fit(self, own: Mapping[str, Any]) -> None:
+        """Compare with the EMA model's own state, by clean name.
+
+        Raises:
+            ValueError: Names, shapes or kinds of tensors differ.
+        """
+        problems = [f"'{name}' is missing" for name in own if name not in self.weights]
+        problems += [f"'{name}' is unexpected" for name in self.weights if name not in own]
+        problems += [
+            f"'{name}' has a companion and no weight"
+            for name in self.companions
+            if name not in self.weights
+        ]
+        for name in own.keys() & self.weights.keys():
+            # Whatever a module makes of its extra state.
+            if isinstance(own[name], Tensor) and not name.endswith("_extra_state"):
+                problems += self._problems(name, own[name])
+        if problems:
+            more = f" and {len(problems) - 10} more problems" if len(problems) > 10 else ""
+            raise ValueError(
+                f"The state does not fit this EMA model: {', '.join(problems[:10])}{more}. Nothing "
+                "was loaded. Load it into the EMA of a model like the one it was saved from."
+            )
+
+    def _problems(self, name: str, own: Tensor) -> list[str]:
+        weight = self.weights[name]
+        if not isinstance(weight, Tensor):
+            return [f"'{name}' is a {type(weight).__name__}, not a tensor"]
+        if weight.shape != own.shape:
+            return [f"'{name}' is {tuple(weight.shape)} in the state but {tuple(own.shape)} here"]
+        if weight.is_meta:
+            return [f"'{name}' is on the meta device, without values"]
+        if weight.is_complex() != own.is_complex():
+            return [f"'{name}' is {weight.dtype} in the state but {own.dtype} here"]
+        if name in self.companions:
+            companion, real = self.companions[name], as_real(weight)
+            if (
+                not isinstance(companion, Tensor)
+                or companion.dtype != COMPANION_DTYPE.get(real.dtype)
+                or companion.shape != real.shape
+                or companion.is_meta
+            ):
+                return [f"the companion of '{name}' is not one for {weight.dtype} of its shape"]
+        return []
+
+    def value(self, name: str) -> Any:  # noqa: ANN401
+        """The value that was saved by this name: of an exact tensor in fp32, else as it is."""
+        weight = self.weights[name]
+        if name not in self.companions:
+            return weight
+        value = join(as_real(weight), self.companions[name].to(weight.device))
+        return torch.view_as_complex(value) if weight.is_complex() else value
+
+
+def loses_digits(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a dtype's values have to be rounded into another."""
+    fractions = source.is_floating_point or source.is_complex
+    return fractions and torch.promote_types(source, target) != target
