@@ -16,7 +16,7 @@ from ema_triton.plan import Bucket, Plan
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
 _NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Elements a program handles at a time, by the bytes that the EMA stores for each. With 4 warps, 2048
+# Elements a program handles at a time, by the bytes that the EMA stores for each. With 4 warps 2048
 # are 16 per thread, two to four accesses of 128 bits in flight on each side, at 32 to 40 registers.
 # As many of an exact fp16, 6 bytes, would take 42.
 BLOCK = {2: 2048, 4: 2048, 6: 1024, 8: 512}

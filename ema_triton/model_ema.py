@@ -215,10 +215,10 @@ class ModelEMA:
                 Nothing has been loaded then.
         """
         found = saved.Saved.of(state)
+        plan, _ = self._current_plan()
         own = self.ema_model.state_dict()
         names = {clean_name(name): name for name in own}
         found.check_fit({clean: own[name] for clean, name in names.items()})
-        plan, _ = self._current_plan()
         exact = {pair.ema.data_ptr() for pair in plan.companions.pairs}
 
         loaded: Any = OrderedDict()

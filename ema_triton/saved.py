@@ -49,20 +49,26 @@ class Saved(NamedTuple):
                 f"reads version {VERSION}. Use the release that wrote it."
             )
         precision, companions = state.get("precision"), state.get("companions")
-        rounding = state.get("rounding") or {"seed": 0, "updates": 0}
-        counts = [rounding.get(key) for key in ("seed", "updates")]
+        rounding: Any = state.get("rounding")
         if (
             precision not in PRECISIONS
             or not isinstance(companions, Mapping)
-            or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            or "rounding" not in state
+            or isinstance(rounding, Mapping) != (precision == "stochastic")
         ):
             raise ValueError(
-                f"The state's precision is {precision!r}, its companions are a "
-                f"{type(companions).__name__}, its rounding is {rounding!r}. It should hold one of "
-                f"{', '.join(PRECISIONS)}; a dict; and a seed and a number of updates. The "
-                "checkpoint is damaged."
+                f"The state's precision is {precision!r}, with companions of type "
+                f"{type(companions).__name__} and rounding of type {type(rounding).__name__}. That "
+                f"is no state of a precision of {', '.join(PRECISIONS)}: the checkpoint is damaged."
             )
-        return cls(state["weights"], companions, precision, *counts)
+        counts = [rounding.get(key) for key in ("seed", "updates")] if rounding else [0, 0]
+        for count in counts:
+            if type(count) is not int or not 0 <= count < 2**63:
+                raise ValueError(
+                    f"The state's rounding should be a seed and a number of updates, but is "
+                    f"{rounding!r}. The checkpoint is damaged."
+                )
+        return cls(state["weights"], companions, precision, seed=counts[0], updates=counts[1])
 
     def check_fit(self, own: Mapping[str, Any]) -> None:
         """Compare with the EMA model's own state, by clean name.

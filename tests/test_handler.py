@@ -872,11 +872,11 @@ def test_ema_dtype_is_that_of_buffers_too(dtype: torch.dtype, handle_buffers: st
     [(LOW[0], r"0\.0(039|078)"), (LOW[1], r"0\.000(4[89]|9[78])")],
 )
 @pytest.mark.parametrize("warmup", [{}, {"momentum_warmup": 0.5, "warmup_iters": 2}])
-def test_low_precision_by_default_warns(
+def test_rounding_to_nearest_in_low_precision_warns(
     dtype: torch.dtype, resolution: str, warmup: dict[str, Any]
 ) -> None:
     def run() -> None:
-        handler = EMAHandler(nn.Linear(4, 2).to(dtype), **warmup)
+        handler = EMAHandler(nn.Linear(4, 2).to(dtype), precision="nearest", **warmup)
         engine = Engine(lambda engine, batch: None)
         handler.attach(engine)
         engine.run(range(4))
@@ -887,7 +887,7 @@ def test_low_precision_by_default_warns(
     assert len(caught) == 1, [str(one.message) for one in caught]
     assert str(dtype).removeprefix("torch.") in text
     assert re.search(resolution, text), text
-    assert "ema_dtype" in text  # the remedy
+    assert "precision='exact'" in text  # the remedy
 
 
 @pytest.mark.parametrize("dtype", LOW)

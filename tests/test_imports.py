@@ -93,8 +93,8 @@ def test_without_ignite_the_handler_is_listed_all_the_same() -> None:
 
 def test_imports_go_down_the_floors() -> None:
     floors = [
-        {"schedules", "kernels", "pairs"},
-        {"plan"},
+        {"schedules", "kernels", "pairs", "precision", "noise"},
+        {"plan", "saved"},
         {"reference", "launch"},
         {"backend"},
         {"model_ema"},

@@ -112,9 +112,9 @@ def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_scratch_goes_with_the_plan() -> None:
-    before = len(reference._widened)
+    before = len(reference._steps)
     plan = make_plan(filled([9], 1.0, torch.bfloat16), filled([9], 0.0, torch.float32), "copy")
     reference.update(plan, 0.5)
-    assert len(reference._widened) == before + 1
+    assert len(reference._steps) == before + 1
     del plan
-    assert len(reference._widened) == before
+    assert len(reference._steps) == before
