@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ema_triton.kernels import ema_update
-from ema_triton.launch import BLOCK, WARPS
+from ema_triton.launch import BLOCK, EXACT_BLOCK, WARPS
+from ema_triton.precision import COMPANION_DTYPE
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -32,12 +33,27 @@ DTYPES = {
     "fp16": (tl.float16, torch.float16),
 }
 NARROW = ("fp32", "bf16", "fp16")
-PAIRS = [("fp64", "fp64"), *((ema, online) for ema in NARROW for online in NARROW)]
+# EMA, online, precision.
+CASES = [
+    ("fp64", "fp64", "nearest"),
+    *((ema, online, "nearest") for ema in NARROW for online in NARROW),
+    *(
+        (ema, online, precision)
+        for precision in ("exact", "stochastic")
+        for ema in ("bf16", "fp16")
+        for online in NARROW
+    ),
+]
+COMPANIONS = {"bf16": "i16", "fp16": "fp32"}
 
 # The driver reserves this much shared memory per block from sm_90 on; it is not ours.
 RESERVED_SHARED = 1024
 
 MOST_REGISTERS = 40
+
+# Of stochastic rounding on sm_90, per element. An H200 issues 41 in the time that 6 bytes take.
+# fp16 needs more than bf16, whose spacing is where fp32's low half begins, also for subnormals.
+MOST_INSTRUCTIONS = {"bf16": 20, "fp16": 24}
 
 
 @dataclass(frozen=True)
@@ -48,67 +64,83 @@ class Variant:
         arch: "sm_90", "gfx942" and the like.
         ema: The EMA's dtype.
         online: The online tensors' dtype.
+        precision: How the EMA is rounded.
         tensor_momentum: Whether the momentum is a tensor that the kernel reads.
         accesses: How many global loads and stores there are of each width, such as "ld.v4.b32".
         registers: Per thread, vector registers on AMD.
         shared: Bytes of shared memory that the kernel itself asks for.
         barriers: Places where the threads of a block wait for each other.
         spills: Bytes (AMD: registers) per thread for which no register was left.
+        instructions: Machine instructions per element of the aligned path; None on AMD.
     """
 
     arch: str
     ema: str
     online: str
+    precision: str
     tensor_momentum: bool
     accesses: dict[str, int]
     registers: int
     shared: int
     barriers: int
     spills: int
+    instructions: float | None
 
     def __str__(self) -> str:
         """For tables and messages."""
         kind = "tensor" if self.tensor_momentum else "float"
-        return f"{self.arch} {self.ema}<-{self.online} {kind} momentum"
+        return f"{self.arch} {self.ema}<-{self.online} {self.precision} {kind} momentum"
 
     def shortfalls(self) -> list[str]:
         """Where the variant falls short of the design."""
         found = []
-        if self.shared:
-            found.append(f"{self.shared} bytes of shared memory")
-        if self.barriers:
-            found.append(f"{self.barriers} barriers")
+        # With AMD's 64 threads per warp the masked path has 4 elements per thread, and the noise,
+        # which comes for 8, goes through shared memory.
+        if self.arch.startswith("sm_") or self.precision != "stochastic":
+            if self.shared:
+                found.append(f"{self.shared} bytes of shared memory")
+            if self.barriers:
+                found.append(f"{self.barriers} barriers")
         if self.spills:
             found.append(f"spills of {self.spills}")
         if self.arch.startswith("sm_"):
             if self.registers > MOST_REGISTERS:
                 found.append(f"{self.registers} registers, more than {MOST_REGISTERS}")
             found += self._narrow_accesses()
+        if self.arch == "sm_90" and self.precision == "stochastic":
+            most = MOST_INSTRUCTIONS[self.ema]
+            if self.instructions is None or self.instructions > most:
+                found.append(f"{self.instructions} instructions per element, more than {most}")
         return found
 
     def _narrow_accesses(self) -> list[str]:
         """Where the aligned path is not as wide as it could be.
 
-        Its accesses are 128 bits wide, or 64 where a narrow type is read beside a wider EMA. What
-        else there is, per thread, belongs to the table's row (three loads), the momentum, and the
-        masked path, which takes a quarter of the block and so a quarter of the elements that the
-        aligned path has per thread, though not less than the two fp64 of a vector. More scalar
-        accesses than that are an aligned path fallen apart.
+        Its accesses are 128 bits wide, or 64 where a narrow type stands beside a wider EMA or
+        companion. What else there is, per thread, belongs to the table's row (three loads), the
+        momentum, seed and number of the update, and the masked path, which takes a quarter of the
+        block (with noise half) and so as much of the elements that the aligned path has per thread,
+        though not less than the two fp64 of a vector. More scalar accesses than that are an aligned
+        path fallen apart.
         """
-        ema_bytes, online_bytes = (DTYPES[name][1].itemsize for name in (self.ema, self.online))
-        wide = {8: "v2.b64"}.get(ema_bytes, "v4.b32")
-        online_load = "ld.v2.b32" if online_bytes < ema_bytes else f"ld.{wide}"
-        expected = {f"ld.{wide}", f"st.{wide}", online_load}
+        stores = [DTYPES[self.ema][1].itemsize]
+        if self.precision == "exact":
+            stores.append(COMPANION_DTYPE[DTYPES[self.ema][1]].itemsize)
+        loads = [*stores, DTYPES[self.online][1].itemsize]
+        expected = {f"st.{_vector(size, max(stores))}" for size in stores}
+        expected |= {f"ld.{_vector(size, max(stores))}" for size in loads}
         vectors = {access for access in self.accesses if ".v" in access}
         if vectors != expected:
             return [f"vector accesses {sorted(vectors)} instead of {sorted(expected)}"]
         found = []
-        stored = self._vector_bytes("st") // ema_bytes
-        loaded = self._vector_bytes("ld") // (ema_bytes + online_bytes)
+        stored = self._vector_bytes("st") // sum(stores)
+        loaded = self._vector_bytes("ld") // sum(loads)
         if loaded != stored:
             found.append(f"{loaded} elements loaded and {stored} stored by vectors")
-        masked = max(stored // 4, 2)
-        for op, most in (("ld", 2 * masked + 3 + self.tensor_momentum), ("st", masked)):
+        noise = self.precision == "stochastic"
+        masked = max(stored // (2 if noise else 4), 2)
+        others = 3 + self.tensor_momentum + 2 * noise
+        for op, most in (("ld", len(loads) * masked + others), ("st", len(stores) * masked)):
             scalars = sum(n for access, n in self.accesses.items() if access.startswith(f"{op}.b"))
             if scalars != most:
                 found.append(f"{scalars} scalar {op} instead of {most}")
@@ -122,6 +154,13 @@ class Variant:
         )
 
 
+def _vector(size: int, widest: int) -> str:
+    """The access to elements of `size` bytes, of which as many are taken as fit of the widest."""
+    if size == 8:
+        return "v2.b64"
+    return "v4.b32" if size >= widest else "v2.b32"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="default: %(default)s")
@@ -131,12 +170,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Compile every variant, print a line for each, fail where one falls short."""
     variants = [
-        compiled(arch, ema, online, tensor_momentum=tensor_momentum)
+        compiled(arch, *case, tensor_momentum=tensor_momentum)
         for arch in args.arch.split(",")
-        for ema, online in PAIRS
+        for case in CASES
         for tensor_momentum in (False, True)
     ]
-    print(f"triton {triton.__version__}, {WARPS} warps, blocks of {BLOCK} elements by EMA bytes")
+    blocks = f"{BLOCK} elements by EMA bytes, {EXACT_BLOCK} if exact"
+    print(f"triton {triton.__version__}, {WARPS} warps, blocks of {blocks}")
     for variant in variants:
         print(line(variant))
     if args.out is not None:
@@ -150,35 +190,47 @@ def main(args: argparse.Namespace) -> None:
 def line(variant: Variant) -> str:
     """One variant in one line of a table."""
     accesses = " ".join(f"{count}x{access}" for access, count in sorted(variant.accesses.items()))
+    count = "" if variant.instructions is None else f"{variant.instructions:5.1f} per element "
     return (
-        f"{variant!s:42s} {variant.registers:3d} registers {variant.shared:5d} B shared "
-        f"{variant.barriers} barriers {variant.spills} spilled   {accesses}"
+        f"{variant!s:53s} {variant.registers:3d} registers {variant.shared:5d} B shared "
+        f"{variant.barriers} barriers {variant.spills} spilled {count}  {accesses}"
     )
 
 
-def compiled(arch: str, ema: str, online: str, *, tensor_momentum: bool) -> Variant:
+def compiled(arch: str, ema: str, online: str, precision: str, *, tensor_momentum: bool) -> Variant:
     """Compile one variant as the launcher would specialise it, and look at its code."""
-    kernel = _compile(arch, ema, online, tensor_momentum)
-    look = _nvidia if arch.startswith("sm_") else _amd
+    block = EXACT_BLOCK if precision == "exact" else BLOCK[DTYPES[ema][1].itemsize]
+    kernel = _compile(arch, ema, online, precision, tensor_momentum, block)
+    nvidia = arch.startswith("sm_")
+    look = _nvidia(kernel, block // (32 * WARPS)) if nvidia else _amd(kernel)
     return Variant(
-        arch, ema, online, tensor_momentum, shared=kernel.metadata.shared, **look(kernel)
+        arch, ema, online, precision, tensor_momentum, shared=kernel.metadata.shared, **look
     )
 
 
-def _compile(arch: str, ema: str, online: str, tensor_momentum: bool) -> CompiledKernel:
-    names = ["table_ptr", "ema_ptr", "momentum", "momentum_ptr", "ONLINE", "BLOCK"]
-    types = ["*i64", f"*{ema}", "fp64", "*fp32", "constexpr", "constexpr"]
-    constants = {(4,): DTYPES[online][0], (5,): BLOCK[DTYPES[ema][1].itemsize]}
-    pointers = [0, 1, 3]
-    if not tensor_momentum:
-        types[3] = "constexpr"
-        constants[(3,)] = None
-        pointers.remove(3)
+def _compile(
+    arch: str, ema: str, online: str, precision: str, tensor_momentum: bool, block: int
+) -> CompiledKernel:
+    arguments = {
+        "table_ptr": "*i64",
+        "ema_ptr": f"*{ema}",
+        "companion_ptr": f"*{COMPANIONS[ema]}" if precision == "exact" else None,
+        "draws_ptr": "*i64" if precision == "stochastic" else None,
+        "momentum": "fp64",
+        "momentum_ptr": "*fp32" if tensor_momentum else None,
+    }
+    constants = {name: None for name, kind in arguments.items() if kind is None}
+    constants |= {"ONLINE": DTYPES[online][0], "BLOCK": block}
+    names = [*arguments, "ONLINE", "BLOCK"]
     source = ASTSource(
         fn=ema_update,
-        signature=dict(zip(names, types, strict=True)),
-        constexprs=constants,
-        attrs={(index,): [["tt.divisibility", 16]] for index in pointers},
+        signature={name: arguments.get(name) or "constexpr" for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in arguments.items()
+            if kind is not None and kind.startswith("*")
+        },
     )
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -187,16 +239,19 @@ def _compile(arch: str, ema: str, online: str, tensor_momentum: bool) -> Compile
     return triton.compile(source, target=target, options={"num_warps": WARPS})
 
 
-def _nvidia(kernel: CompiledKernel) -> dict:
+def _nvidia(kernel: CompiledKernel, elements: int) -> dict:
     ptx = kernel.asm["ptx"]
     accesses = re.findall(r"\b(ld|st)\.global\S*?((?:\.v\d)?\.b\d+)\s", ptx)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        report, code = (
+            subprocess.run(
+                [tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
     used = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
     if used["SHARED"] not in (0, RESERVED_SHARED):
         raise AssertionError(f"{used['SHARED']} bytes of shared memory that Triton did not report")
@@ -205,7 +260,23 @@ def _nvidia(kernel: CompiledKernel) -> dict:
         "registers": used["REG"],
         "barriers": ptx.count("bar.sync"),
         "spills": used["STACK"] + used["LOCAL"],
+        "instructions": _aligned_loop(code) / elements,
     }
+
+
+def _aligned_loop(code: str) -> int:
+    """How many instructions the loop with the vector stores has."""
+    instructions = {
+        int(address, 16): text
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    }
+    loops = []
+    for end, text in instructions.items():
+        jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if jump is not None and (begin := int(jump.group(1), 16)) < end:
+            loops.append([text for at, text in instructions.items() if begin <= at <= end])
+    (aligned,) = (loop for loop in loops if any(re.search(r"STG.*\.128", text) for text in loop))
+    return len(aligned)
 
 
 def _amd(kernel: CompiledKernel) -> dict:
@@ -217,4 +288,5 @@ def _amd(kernel: CompiledKernel) -> dict:
         "registers": used["vgpr_count"],
         "barriers": code.count("s_barrier"),
         "spills": used["vgpr_spill_count"],
+        "instructions": None,
     }

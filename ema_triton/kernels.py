@@ -57,15 +57,13 @@ def narrow_stochastic(x, noise, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def noise(state_ptr, first, SIZE: tl.constexpr):
+def noise(seed, update, first, SIZE: tl.constexpr):
     """Uniform 16-bit integers for SIZE elements, `first` (a multiple of 8) and following.
 
     A function of the seed, the number of the update and an element's index in the bucket. One call
     of Philox gives 128 bits, enough for 8 elements: a call for each would make the update wait for
     arithmetic instead of memory (65 instructions per element on sm_90 instead of 19).
     """
-    seed = tl.load(state_ptr)
-    update = tl.load(state_ptr + 1)
     call = first // 8 + tl.arange(0, SIZE // 8)
     low = call.to(tl.uint32)
     zeros = low * 0
@@ -122,7 +120,7 @@ def lerp(ema, online, momentum):
 
 @triton.jit
 def average(
-    ema_ptrs, online_ptrs, companion_ptrs, noise_ptr, first, mask, momentum, SIZE: tl.constexpr
+    ema_ptrs, online_ptrs, companion_ptrs, seed, update, first, mask, momentum, SIZE: tl.constexpr
 ):
     """ema = lerp(ema, online, momentum) for SIZE elements of the bucket, `first` and following."""
     EMA: tl.constexpr = ema_ptrs.dtype.element_ty
@@ -134,9 +132,9 @@ def average(
         value = lerp(join(ema, companion), online, momentum)
         ema, companion = split(value, EMA, companion.dtype)
         tl.store(companion_ptrs, companion, mask=mask)
-    elif noise_ptr is not None:
+    elif seed is not None:
         value = lerp(widen(ema, COMPUTE), online, momentum)
-        ema = narrow_stochastic(value, noise(noise_ptr, first, SIZE), EMA)
+        ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)
     else:
         ema = narrow(lerp(widen(ema, COMPUTE), online, momentum), EMA)
     tl.store(ema_ptrs, ema, mask=mask)
@@ -147,7 +145,7 @@ def ema_update(
     table_ptr,
     ema_ptr,
     companion_ptr,
-    noise_ptr,
+    draws_ptr,
     momentum: tl.float64,
     momentum_ptr,
     ONLINE: tl.constexpr,
@@ -158,7 +156,7 @@ def ema_update(
     table_ptr: int64 [rows, 3]: online address; element offset in the bucket; length * 2 + aligned.
     ema_ptr: the flat bucket, 16-byte aligned.
     companion_ptr: what a bucket of exact precision has beside each weight, or None.
-    noise_ptr: int64 [2], seed and number of this update, for a bucket of stochastic precision, or
+    draws_ptr: int64 [2], seed and number of this update, for a bucket of stochastic precision, or
         None; read here, so that each replay of a captured graph rounds anew.
     momentum: used when momentum_ptr is None; a double, since fp64 buckets need all its digits.
     momentum_ptr: a 0-d tensor or None; read here, so that a captured graph follows its value.
@@ -173,11 +171,16 @@ def ema_update(
 
     EMA: tl.constexpr = ema_ptr.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
-    # Read once, before the loop: the stores may alias it as far as the compiler knows.
+    # Read once, before the loop: the stores may alias these as far as the compiler knows.
     if momentum_ptr is not None:
         weight = tl.load(momentum_ptr).to(COMPUTE)
     else:
         weight = tl.full((), momentum, COMPUTE)
+    seed = None
+    update = None
+    if draws_ptr is not None:
+        seed = tl.load(draws_ptr)
+        update = tl.load(draws_ptr + 1)
 
     # Every tensor starts on a 16-byte boundary of the bucket. Hints go on the pointer: on the
     # integer they are lost.
@@ -206,7 +209,8 @@ def ema_update(
                 ema_ptrs,
                 online_ptrs,
                 None if companion is None else companion + index,
-                noise_ptr,
+                seed,
+                update,
                 offset + start,
                 index < bound,
                 weight,
@@ -217,14 +221,15 @@ def ema_update(
         # since masking each element costs registers that the aligned branch would pay for; with
         # noise no smaller than the 8 elements per thread that one call gives.
         online = address.to(tl.pointer_type(ONLINE))
-        SMALL: tl.constexpr = BLOCK // (4 if noise_ptr is None else 2)
+        SMALL: tl.constexpr = BLOCK // (4 if draws_ptr is None else 2)
         for start in range(0, length, SMALL):
             index = start + tl.arange(0, SMALL)
             average(
                 ema + index,
                 online + index,
                 None if companion is None else companion + index,
-                noise_ptr,
+                seed,
+                update,
                 offset + start,
                 index < length,
                 weight,

@@ -16,10 +16,12 @@ from ema_triton.plan import Bucket, Plan
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
 _NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Elements a program handles at a time, by the bytes that the EMA stores for each. With 4 warps 2048
-# are 16 per thread, two to four accesses of 128 bits in flight on each side, at 32 to 40 registers.
-# As many of an exact fp16, 6 bytes, would take 42.
-BLOCK = {2: 2048, 4: 2048, 6: 1024, 8: 512}
+# Elements a program handles at a time, by the width of the EMA's elements. With 4 warps that is
+# 16 elements per thread, two to four accesses of 128 bits in flight on each side, at 32 to 39
+# registers (fp64: 32, in a quarter of the elements).
+BLOCK = {2: 2048, 4: 2048, 8: 512}
+# An exact EMA has three tensors in flight and not two: 30 to 32 registers; with 2048 up to 42.
+EXACT_BLOCK = 1024
 WARPS = 4
 
 # Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
@@ -86,7 +88,7 @@ def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
             value,
             pointer,
             ONLINE=_NARROW.get(key.online_dtype, tl.float64),
-            BLOCK=BLOCK[bucket.bytes_per_element],
+            BLOCK=EXACT_BLOCK if key.precision == "exact" else BLOCK[key.ema_dtype.itemsize],
             num_warps=WARPS,
         )
 

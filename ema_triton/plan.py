@@ -72,11 +72,6 @@ class Bucket:
     targets: list[Tensor]
     sources: list[Tensor]
 
-    @property
-    def bytes_per_element(self) -> int:
-        """What the EMA stores."""
-        return self.flat.itemsize + (0 if self.companion is None else self.companion.itemsize)
-
     def count_update(self) -> None:
         """To be called before each update, which rounds by this number where that is by chance."""
         if self.draws is not None:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.ptx import ARCHITECTURES, PAIRS, Variant, line
+from bench.ptx import ARCHITECTURES, CASES, Variant, line
 
 ROOT = Path(__file__).parent.parent
 NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_keeps_the_contract(folder: Path) -> None:
     status, printed, variants = compiled(folder)
-    assert len(variants) == len(NVIDIA) * len(PAIRS) * 2
+    assert len(variants) == len(NVIDIA) * len(CASES) * 2
     assert {str(variant): variant.shortfalls() for variant in variants} == {
         str(variant): [] for variant in variants
     }
@@ -62,14 +62,34 @@ def test_every_variant_keeps_the_contract(folder: Path) -> None:
 def test_what_the_contract_is(folder: Path) -> None:
     """For one variant in plain numbers, so that the check is not its own only witness."""
     _, _, variants = compiled(folder)
-    variant = next(v for v in variants if str(v) == "sm_90 fp32<-bf16 float momentum")
-    vectors = {access: n for access, n in variant.accesses.items() if ".v" in access}
-    assert vectors == {"ld.v4.b32": 4, "ld.v2.b32": 4, "st.v4.b32": 4}
-    assert variant.registers <= 40
-    assert (variant.shared, variant.barriers, variant.spills) == (0, 0, 0)
+    for name, expected in PLAIN.items():
+        variant = next(v for v in variants if str(v) == f"sm_90 {name} float momentum")
+        vectors = {access: n for access, n in variant.accesses.items() if ".v" in access}
+        assert vectors == expected
+        assert variant.registers <= 40
+        assert (variant.shared, variant.barriers, variant.spills) == (0, 0, 0)
+        assert variant.instructions <= (20 if "bf16<-bf16 stochastic" in name else 24)
 
+
+# Per thread: 16 elements, 8 of an exact one.
+PLAIN = {
+    "fp32<-bf16 nearest": {"ld.v4.b32": 4, "ld.v2.b32": 4, "st.v4.b32": 4},
+    "bf16<-bf16 exact": {"ld.v4.b32": 3, "st.v4.b32": 2},
+    "fp16<-fp16 exact": {"ld.v4.b32": 2, "ld.v2.b32": 4, "st.v4.b32": 2, "st.v2.b32": 2},
+    "bf16<-bf16 stochastic": {"ld.v4.b32": 4, "st.v4.b32": 2},
+    "fp16<-fp16 stochastic": {"ld.v4.b32": 4, "st.v4.b32": 2},
+}
 
 GOOD = {"ld.v4.b32": 8, "st.v4.b32": 4, "ld.b32": 8, "ld.b64": 3, "st.b32": 4}
+
+
+# 16 elements of bf16, 8 of them at a time on the masked path.
+NOISY = {
+    "ema": "bf16",
+    "online": "bf16",
+    "precision": "stochastic",
+    "accesses": {"ld.v4.b32": 4, "st.v4.b32": 2, "ld.b16": 16, "ld.b64": 5, "st.b16": 8},
+}
 
 
 @pytest.mark.parametrize(
@@ -84,10 +104,13 @@ GOOD = {"ld.v4.b32": 8, "st.v4.b32": 4, "ld.b32": 8, "ld.b64": 3, "st.b32": 4}
         ({"accesses": {**GOOD, "ld.v4.b32": 4}}, "8 elements loaded and 16 stored by vectors"),
         ({"accesses": {"ld.b32": 40, "st.b32": 20}}, "vector accesses [] instead of"),
         ({"accesses": {**GOOD, "ld.v2.b32": 1}}, "['ld.v2.b32', 'ld.v4.b32', 'st.v4.b32']"),
+        ({**NOISY, "instructions": 20.1}, "20.1 instructions per element, more than 20"),
+        ({**NOISY, "ema": "fp16", "instructions": 24.5}, "24.5 instructions per element, more"),
+        ({**NOISY, "instructions": None}, "None instructions per element"),
     ],
 )
 def test_a_shortfall_is_noticed(change: dict, message: str) -> None:
-    good = Variant("sm_90", "fp32", "fp32", False, GOOD, 32, 0, 0, 0)
+    good = Variant("sm_90", "fp32", "fp32", "nearest", False, GOOD, 32, 0, 0, 0, 5.6)
     assert good.shortfalls() == []
     found = replace(good, **change).shortfalls()
     assert len(found) == 1
@@ -99,11 +122,11 @@ def test_a_real_shortfall_fails_the_command() -> None:
     run = python(
         "-c",
         "from types import SimpleNamespace; from bench import ptx;"
-        "ptx.BLOCK = dict.fromkeys(ptx.BLOCK, 8192); ptx.PAIRS = ptx.PAIRS[:2];"
+        "ptx.BLOCK = dict.fromkeys(ptx.BLOCK, 8192); ptx.CASES = ptx.CASES[:2];"
         "ptx.main(SimpleNamespace(arch='sm_90', out=None))",
     )
     assert run.returncode == 1
-    assert "sm_90 fp32<-fp32 float momentum falls short: " in run.stdout
+    assert "sm_90 fp32<-fp32 nearest float momentum falls short: " in run.stdout
     assert "registers, more than 40" in run.stdout
 
 
@@ -118,7 +141,7 @@ bind = create_function_from_signature(ema_update.signature, ema_update.params, b
 table, flat = torch.zeros(3, dtype=torch.int64), torch.zeros(8)
 
 def key(value, pointer):
-    return str(bind(table, flat, value, pointer, ONLINE=tl.float32, BLOCK=2048)[1])
+    return str(bind(table, flat, None, None, value, pointer, ONLINE=tl.float32, BLOCK=2048)[1])
 
 floats = {key(momentum, None) for momentum in (0.0, 1.0, 0.5, 1e-4, 16.0)}
 tensors = {key(0.0, torch.zeros(8)[index]) for index in range(8)}
@@ -137,5 +160,8 @@ def test_compiles_for_amd() -> None:
         pytest.skip("triton 3.4 links AMD code with a ROCm ld.lld of the machine")
     run = python("-m", "bench", "ptx", "--arch", "gfx942")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("gfx942") == len(PAIRS) * 2
-    assert run.stdout.count("load.dwordx4") == len(PAIRS) * 2
+    lines = [line for line in run.stdout.splitlines() if line.startswith("gfx942")]
+    assert len(lines) == len(CASES) * 2
+    # Four exact elements per thread are 64 bits of a 16-bit dtype.
+    assert all("load.dwordx4" in line or "bf16<-" in line and "exact" in line for line in lines)
+    assert all("load.dwordx2" in line for line in lines if "exact" in line)
