@@ -163,5 +163,5 @@ def test_compiles_for_amd() -> None:
     lines = [line for line in run.stdout.splitlines() if line.startswith("gfx942")]
     assert len(lines) == len(CASES) * 2
     # Four exact elements per thread are 64 bits of a 16-bit dtype.
-    assert all("load.dwordx4" in line or "bf16<-" in line and "exact" in line for line in lines)
+    assert all("load.dwordx4" in line or ("bf16<-" in line and "exact" in line) for line in lines)
     assert all("load.dwordx2" in line for line in lines if "exact" in line)
