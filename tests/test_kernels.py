@@ -8,17 +8,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_triton.plan import make_plan
+from ema_triton import reference
+from ema_triton.plan import Plan, make_plan
+from ema_triton.precision import shown
 
 launch = pytest.importorskip("ema_triton.launch")
 
 
-def run(online: Tensor, ema: Tensor, momentum: float, device: torch.device) -> Tensor:
-    """The kernel's result for one tensor."""
+def plan_of(online: Tensor, ema: Tensor, precision: str, device: torch.device) -> Plan:
     model = nn.ParameterList([nn.Parameter(online.to(device))])
     twin = nn.ParameterList([nn.Parameter(ema.to(device))])
-    launch.update(make_plan(model, twin, "copy"), momentum)
-    return twin[0].detach().cpu()
+    return make_plan(model, twin, "copy", precision=precision)
+
+
+def run(online: Tensor, ema: Tensor, momentum: float, device: torch.device) -> Tensor:
+    """The kernel's result for one tensor."""
+    plan = plan_of(online, ema, "nearest", device)
+    launch.update(plan, momentum)
+    return plan.ema_tensors[0].detach().cpu()
 
 
 def bits(values: list[int], dtype: torch.dtype, view: torch.dtype) -> Tensor:
@@ -62,6 +69,84 @@ def test_a_nan_whose_mantissa_would_carry_away_stays_a_nan(kernel_device: torch.
     online = bits([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001], torch.float32, torch.int32)
     result = run(online, torch.zeros(4, dtype=torch.bfloat16), 0.5, kernel_device)
     assert result.isnan().all()
+
+
+LOW_DTYPES = [torch.bfloat16, torch.float16]
+
+
+def every_high_half() -> Tensor:
+    """All high halves of an fp32 with some low halves, but Inf and NaN."""
+    high = torch.arange(1 << 16).repeat_interleave(len(LOW)) << 16
+    pattern = high + torch.tensor(LOW).repeat(1 << 16)
+    value = pattern.to(torch.int32).view(torch.float32)
+    return ordinary(value)
+
+
+def ordinary(value: Tensor) -> Tensor:
+    """Without Inf and NaN, and without -0, which lerp may make a 0."""
+    return value[value.isfinite() & ~(value.eq(0) & value.signbit())]
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_an_exact_ema_takes_and_keeps_every_fp32(
+    dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    value = every_high_half()
+    plan = plan_of(value, torch.zeros(len(value), dtype=dtype), "exact", kernel_device)
+    for momentum in (1.0, 0.0):  # takes it; leaves it
+        launch.update(plan, momentum)
+        plan.wrote()
+        (kept,) = plan.memory().values.values()
+        same_bits(kept.cpu(), value)
+        (bucket,) = plan.buckets
+        same_bits(bucket.targets[0].cpu(), shown(value, dtype))
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_every_exact_weight_is_read_exactly(
+    dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    plan = plan_of(torch.zeros(1 << 16), weight, "exact", kernel_device)
+    launch.update(plan, 0.0)
+    expected = weight + 0.0
+    expected[weight.isinf()] = float("nan")  # 0 * Inf, as torch.lerp has it
+    same_bits(plan.buckets[0].targets[0].cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+@pytest.mark.parametrize("other", [-1, 1, -30000])
+def test_an_old_companion_makes_no_nan(
+    dtype: torch.dtype, other: int, kernel_device: torch.device
+) -> None:
+    weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    weight = weight[weight.isfinite()]
+    plan = plan_of(torch.zeros(len(weight)), weight, "exact", kernel_device)
+    plan.buckets[0].companion.fill_(other)
+    launch.update(plan, 0.0)
+    assert torch.equal(plan.buckets[0].targets[0].cpu(), weight)
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_backends_round_alike_by_chance(
+    dtype: torch.dtype, online_dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    """Bit by bit, at momenta where the fp32 result has no rounding of its own."""
+    value = ordinary(every_high_half()[::7].to(online_dtype))
+    for start in (0, 3):  # aligned, and not
+        online = value[start:]
+        ema = torch.zeros(len(online), dtype=dtype)
+        found = []
+        for update in (reference.update, launch.update):
+            plan = plan_of(online, ema, "stochastic", kernel_device)
+            for momentum in (1.0, 0.5):
+                update(plan, momentum)
+                found.append(plan.buckets[0].targets[0].cpu().clone())
+        same_bits(found[0], found[2])
+        same_bits(found[1], found[3])
+        if online_dtype == torch.float32:
+            assert not torch.equal(found[0], online.to(dtype))  # by chance indeed
 
 
 def test_infinities_stay_where_the_formula_keeps_them(kernel_device: torch.device) -> None:
