@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat, starmap
-from operator import attrgetter, getitem, is_, methodcaller
+from operator import attrgetter, getitem, is_, methodcaller, sub
 from typing import Any, NamedTuple
 
 import torch
@@ -244,34 +244,45 @@ class Companions:
     weights: list[Tensor]
     addresses: list[int]
     versions: list[int]
-    writes: int = 0  # ours since then, each a version
+    steps: list[int]  # by which a write of ours raises the version: 2 where two tensors share one
+    writes: int = 0  # ours since then
 
     @classmethod
-    def of(cls, beside: list[tuple[Pair, Tensor]]) -> Companions:
-        """The pairs with their companions, as they are now."""
+    def of(cls, beside: list[tuple[Pair, Tensor]], ema_tensors: list[Tensor]) -> Companions:
+        """The pairs with their companions, as they are now; `ema_tensors` are written together."""
         weights = [pair.ema for pair, _ in beside]
+        before = [*map(_version, weights)]
+        torch.autograd.graph.increment_version(ema_tensors)
+        versions = [*map(_version, weights)]
         return cls(
             pairs=[pair for pair, _ in beside],
             companions=[companion for _, companion in beside],
             weights=weights,
             addresses=[*map(Tensor.data_ptr, weights)],
-            versions=[*map(_version, weights)],
+            versions=versions,
+            steps=[*map(sub, versions, before)],
         )
 
     def are_stale(self) -> bool:
         """Whether somebody else wrote one; versions only grow, so their sum tells."""
-        expected = sum(self.versions) + self.writes * len(self.versions)
+        expected = sum(self.versions) + self.writes * sum(self.steps)
         return bool(sum(map(_version, self.weights)) != expected)
 
     def current(self) -> Iterator[tuple[Pair, Tensor]]:
         """Those that nobody else wrote, moved or replaced."""
-        for pair, companion, weight, address, version in zip(
-            self.pairs, self.companions, self.weights, self.addresses, self.versions, strict=True
+        for pair, companion, weight, address, version, step in zip(
+            self.pairs,
+            self.companions,
+            self.weights,
+            self.addresses,
+            self.versions,
+            self.steps,
+            strict=True,
         ):
             if (
                 pair.ema_slots[0].read() is weight
                 and (weight.data_ptr(), as_real(weight).stride()) == (address, companion.stride())
-                and weight._version == version + self.writes
+                and weight._version == version + self.writes * step
             ):
                 yield pair, companion
 
@@ -402,6 +413,7 @@ def make_plan(
         dtype = ema_dtype if pair.ema.is_floating_point() else None
         if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
             pair.ema.data = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
+    ema_tensors = [pair.ema for pair in averaged]
     beside: list[tuple[Pair, Tensor]] = []
     buckets = [
         _lay_flat(key, pairs, number, past, beside)
@@ -411,8 +423,8 @@ def make_plan(
         buckets=buckets,
         copies=Copies.of(copied),
         kept=kept,
-        ema_tensors=[pair.ema for pair in averaged],
-        companions=Companions.of(beside),
+        ema_tensors=ema_tensors,
+        companions=Companions.of(beside, ema_tensors),
         seed=past.seed,
         watch=Watch.over(model, ema_model, averaged),
     )

@@ -205,3 +205,23 @@ def test_tensors_with_gaps_get_a_bucket_of_their_own() -> None:
     online[1].data = torch.arange(8.0)[::2]
     plan = ModelEMA(online)._plan
     assert {tuple(b.names): b.key.dense for b in plan.buckets} == {("0",): True, ("1",): False}
+
+
+def test_ema_tensors_that_share_a_version_keep_their_digits() -> None:
+    """load_state_dict(assign=True) of one tensor by two names makes such parameters."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).bfloat16()
+    model[1].weight = model[0].weight
+    ema, wide = ModelEMA(model), ModelEMA(model, ema_dtype=torch.float32)
+    state = ema.ema_model.state_dict()
+    ema.ema_model.load_state_dict({**state, "1.weight": state["0.weight"]}, assign=True)
+    first, second = ema.ema_model.parameters()
+    assert first is not second
+    plans = set()
+    for _ in range(20):
+        model[0].weight.data.add_(torch.randn(4, 4))
+        for average in (ema, wide):
+            average.update(0.01)
+        plans.add(ema._plan)
+    assert len(plans) == 1
+    for name, value in ema._plan.memory().values.items():
+        assert torch.equal(value, wide.ema_model[0].weight), name
