@@ -57,16 +57,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"section: {args.readme}")
 
 
-def with_section(readme: str, new: str) -> str:
+def with_section(readme: str, new: str, first: str = BEGIN, last: str = END) -> str:
     """The README with `new` between its markers.
 
     Raises:
         ValueError: A marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"The README must have the lines {BEGIN} and {END}, in this order.")
+        raise ValueError(f"The README must have the lines {first} and {last}, in this order.")
     return f"{before}{begin}\n{new}\n{end}{after}"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,12 +20,34 @@ from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, momenta
 from bench.models import MODELS, Model, make_module
 from bench.results import AGAIN, FOLDER, LIMIT, Results, Row, Spread
+from ema_triton.precision import COMPANION_DTYPE
 
-# EMA dtype, online dtype.
+
+class Case(NamedTuple):
+    """What is averaged into what; a precision that only ours have is measured for ours alone."""
+
+    ema_dtype: torch.dtype
+    online_dtype: torch.dtype
+    precision: str = "nearest"
+
+    @property
+    def stored(self) -> int:
+        """Bytes of an element of the EMA."""
+        exact = self.precision == "exact"
+        return self.ema_dtype.itemsize + (COMPANION_DTYPE[self.ema_dtype].itemsize if exact else 0)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that an update must move per element: online once in, EMA once in and once out."""
+        return self.online_dtype.itemsize + 2 * self.stored
+
+
 CASES = {
-    "fp32<-fp32": (torch.float32, torch.float32),
-    "fp32<-bf16": (torch.float32, torch.bfloat16),
-    "bf16<-bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32<-fp32": Case(torch.float32, torch.float32),
+    "fp32<-bf16": Case(torch.float32, torch.bfloat16),
+    "bf16<-bf16": Case(torch.bfloat16, torch.bfloat16),
+    "bf16<-bf16 exact": Case(torch.bfloat16, torch.bfloat16, "exact"),
+    "bf16<-bf16 stochastic": Case(torch.bfloat16, torch.bfloat16, "stochastic"),
 }
 SCHEDULES = ("constant", "changing")
 
@@ -110,21 +133,14 @@ def selected_models(asked: str | None, *, quick: bool, on_cpu: bool) -> list[Mod
     return [MODELS[name] for name in names]
 
 
-def moved_bytes(elements: int, case: str) -> int:
-    """Bytes that one update must move: the online weights once in, the EMA once in and once out."""
-    ema_dtype, online_dtype = CASES[case]
-    return elements * (online_dtype.itemsize + 2 * ema_dtype.itemsize)
-
-
-def groups(model: Model, case: str, keys: list[str], memory: int) -> list[list[str]]:
+def groups(model: Model, case: Case, keys: list[str], memory: int) -> list[list[str]]:
     """The peers that are timed in turns: all, or as many at once as the memory can hold.
 
     Each peer has its EMA. Beside them stand the online model, the copy's two buffers, and what a
     peer makes for a while: a copy of the model before it is cast, a difference, an average.
     """
-    ema_dtype, online_dtype = CASES[case]
-    online, ema = model.elements * online_dtype.itemsize, model.elements * ema_dtype.itemsize
-    copies = 2 * min(moved_bytes(model.elements, case) // 2, measure.COPY_BUFFER)
+    online, ema = model.elements * case.online_dtype.itemsize, model.elements * case.stored
+    copies = 2 * min(model.elements * case.moved // 2, measure.COPY_BUFFER)
     room = int(MEMORY_SHARE * memory) - online - copies - 2 * max(ema, online)
     at_once = room // ema
     if at_once < 1:
@@ -140,13 +156,15 @@ def measured(
     device = stopwatch.device
     memory = available_memory(device)
     facts = {"model": model.name, "tensors": len(model.shapes), "elements": model.elements}
-    facts |= {"case": case, "bytes": moved_bytes(model.elements, case)}
-    together = groups(model, case, keys, memory)
-    if not together:
+    facts |= {"case": case, "bytes": model.elements * CASES[case].moved}
+    if CASES[case].precision != "nearest":
+        keys = [key for key in keys if key in peers.OURS]
+    together = groups(model, CASES[case], keys, memory)
+    if keys and not together:
         reason = f"it does not fit into the {memory / 2**30:.1f} GiB of memory that are free"
         yield Row(**facts, schedule="constant", peer=LIMIT, status="skipped", reason=reason)
         return
-    online = make_module(model, CASES[case][1], device)
+    online = make_module(model, CASES[case].online_dtype, device)
     for group in together:
         yield from _measured_together(facts, online, group, stopwatch, rounds, seconds)
 
@@ -192,10 +210,11 @@ def _built(
     row["peer"] = peer.NAME
     first_momentum = next(momenta("constant"))
     try:
-        ema_dtype, _ = CASES[facts["case"]]
+        case = CASES[facts["case"]]
+        precision = {"precision": case.precision} if key in peers.OURS else {}
         with torch.no_grad():
             start = time.perf_counter()
-            built = peer.build(online, first_momentum, ema_dtype)
+            built = peer.build(online, first_momentum, case.ema_dtype, **precision)
             built.update(first_momentum)
             if stopwatch.device.type == "cuda":
                 torch.cuda.synchronize()

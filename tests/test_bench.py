@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import gate, measure, peers, report, run, step
+from bench import drift, gate, measure, peers, report, run, step
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
@@ -54,11 +54,27 @@ def test_a_model_becomes_modules_with_random_parameters() -> None:
     assert [*dict(module.named_modules())] == ["", "a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("case", "per_element"), [("fp32<-fp32", 12), ("fp32<-bf16", 10), ("bf16<-bf16", 6)]
-)
-def test_bytes_that_must_move(case: str, per_element: int) -> None:
-    assert run.moved_bytes(7, case) == 7 * per_element
+BYTES = {
+    "fp32<-fp32": (4, 12),
+    "fp32<-bf16": (4, 10),
+    "bf16<-bf16": (2, 6),
+    "bf16<-bf16 exact": (4, 10),
+    "bf16<-bf16 stochastic": (2, 6),
+}
+
+
+def test_bytes_that_are_stored_and_that_must_move() -> None:
+    assert {name: (case.stored, case.moved) for name, case in run.CASES.items()} == BYTES
+
+
+def test_a_precision_that_only_ours_have_is_measured_for_ours() -> None:
+    stopwatch = Stopwatch(CPU, 1000)
+    keys = ["ours_foreach", "foreach_lerp"]
+    for case in ("bf16<-bf16 exact", "bf16<-bf16 stochastic"):
+        rows = [*run.measured(TINY, case, keys, stopwatch, 3, 60.0)]
+        assert {row.peer for row in rows if row.times} == {LIMIT, AGAIN, "ema_triton (foreach)"}
+        assert {row.bytes for row in rows} == {TINY.elements * BYTES[case][1]}
+    assert [*run.measured(TINY, "bf16<-bf16 exact", ["foreach_lerp"], stopwatch, 3, 60.0)] == []
 
 
 @pytest.mark.parametrize("size", [2, 7, 1000])
@@ -198,7 +214,9 @@ def test_memory_decides_how_many_are_timed_together() -> None:
     keys = [*"abcdefg"]
     billion = Model("billion", {"w": (10**9,)})
     gigabyte = 10**9
-    case = "fp32<-fp32"  # 4 for the online model, 8 for temporaries, 2 for the copy, 4 per peer
+    case = run.CASES[
+        "fp32<-fp32"
+    ]  # 4 for the online model, 8 for temporaries, 2 for the copy, 4 per peer
     assert run.groups(billion, case, keys, 200 * gigabyte) == [keys]
     pairs = [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
     assert run.groups(billion, case, keys, 27 * gigabyte) == pairs
@@ -353,6 +371,35 @@ def test_the_readme_is_what_the_committed_results_say() -> None:
     assert report.with_section(readme, report.section(other)) != readme
     for path in FOLDER.glob("*.png"):
         assert f"{path.relative_to(ROOT)}" in readme
+
+
+def test_the_readme_has_the_committed_drift() -> None:
+    points = drift.load(FOLDER / "drift.csv")
+    readme = report.README.read_text()
+    markers = (drift.BEGIN, drift.END)
+    assert report.with_section(readme, drift.section(points), *markers) == readme
+    other = [replace(point, rms=point.rms + 1) for point in points]
+    assert report.with_section(readme, drift.section(other), *markers) != readme
+
+
+def test_drift(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{drift.BEGIN}\nold\n{drift.END}\nafter\n")
+    drift.main(SimpleNamespace(updates=200, out=tmp_path, readme=readme))
+    points = drift.load(tmp_path / "drift.csv")
+    last = {(p.dtype, p.precision): p for p in points if p.update == 200}
+    assert {*last} == {
+        (dtype, precision)
+        for dtype in ("bf16", "fp16")
+        for precision in ("float64", "exact", "stochastic", "nearest")
+    }
+    for dtype in ("bf16", "fp16"):
+        assert last[dtype, "float64"].rms == 0
+        assert last[dtype, "nearest"].moved == 0  # it stands still
+        # 200 steps of 1e-4 are less than a spacing, which the weights show rounded.
+        assert last[dtype, "exact"].rms <= 0.5
+    assert (tmp_path / "drift.png").stat().st_size > 5000
+    assert '| `"exact"` | 4 / 6 | 10 / 14 |' in readme.read_text()
 
 
 def test_a_readme_without_markers_is_an_error() -> None:

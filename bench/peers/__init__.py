@@ -36,6 +36,10 @@ PEERS = (
 )
 
 
+# These can round otherwise than to nearest: their `build` takes a `precision`.
+OURS = ("ours_triton", "ours_foreach")
+
+
 class Built(NamedTuple):
     """A peer's EMA of one model.
 

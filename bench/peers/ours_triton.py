@@ -10,8 +10,12 @@ NAME = "ema_triton (triton)"
 
 
 def build(
-    model: nn.Module, momentum: float, ema_dtype: torch.dtype, backend: str = "triton"
+    model: nn.Module,
+    momentum: float,
+    ema_dtype: torch.dtype,
+    precision: str = "nearest",
+    backend: str = "triton",
 ) -> Built:
     """Give the update of `ModelEMA`; its momentum comes with each update."""
-    ema = ModelEMA(model, backend=backend, ema_dtype=ema_dtype)
+    ema = ModelEMA(model, backend=backend, ema_dtype=ema_dtype, precision=precision)
     return Built(ema.update, [parameter.detach() for parameter in ema.ema_model.parameters()])
