@@ -178,7 +178,7 @@ def table(points: list[Point]) -> str:
     accumulated = max(end[dtype, "accumulated"].rms for dtype in DTYPES)
     lines.append(
         "\nErrors against a float64 EMA of the same weights, in spacings of the dtype; "
-        f"λ = {MOMENTUM:g}; {WEIGHTS} weights from 1 to 2, with noise, that drift such that the EMA "
+        f"λ = {MOMENTUM:g}; {WEIGHTS} noisy weights from 1 to 2 that drift such that the EMA "
         f"should move by {moved} spacings. Rounding alone makes 0.29, and by that an exact EMA's "
         f"weights are off; what it accumulates is off by {accumulated:.4f} or less. "
         "(`python -m bench drift`, on any machine.)"

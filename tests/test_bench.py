@@ -391,10 +391,11 @@ def test_drift(tmp_path: Path) -> None:
     assert {*last} == {
         (dtype, precision)
         for dtype in ("bf16", "fp16")
-        for precision in ("float64", "exact", "stochastic", "nearest")
+        for precision in ("float64", "accumulated", "exact", "stochastic", "nearest")
     }
     for dtype in ("bf16", "fp16"):
         assert last[dtype, "float64"].rms == 0
+        assert 0 < last[dtype, "accumulated"].rms < 1e-3
         assert last[dtype, "nearest"].moved == 0  # it stands still
         # 200 steps of 1e-4 are less than a spacing, which the weights show rounded.
         assert last[dtype, "exact"].rms <= 0.5
