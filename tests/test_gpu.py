@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bench.measure import launched
 from ema_triton import ModelEMA
 from ema_triton.plan import make_plan
+from ema_triton.precision import PRECISIONS
 from tests import oracle
 from tests.strategies import KERNEL_DTYPES, Layout
 from tests.tolerances import assert_update, update_bound
@@ -77,6 +78,110 @@ def test_every_dtype_against_float64(
             assert_update(result.detach(), truth, update_bound(old, new.detach(), ema_dtype))
 
 
+LOW = [torch.bfloat16, torch.float16]
+
+
+def shaken(
+    precision: str, ema_dtype: torch.dtype, online_dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    """What some updates with all momenta make of the EMA, the same online weights every time."""
+    torch.manual_seed(3)
+    model = nn.ParameterList([torch.randn(s) for s in SHAPES]).to(online_dtype).cuda()
+    ema = ModelEMA(model, ema_dtype=ema_dtype, precision=precision, backend=backend)
+    assert ema.backend == backend
+    for momentum in reversed(MOMENTA):  # from 1, which forgets what was before
+        shake(model)
+        ema.update(momentum)
+    if precision != "exact":
+        return [tensor.detach() for tensor in ema.ema_model]
+    values = ema._plan.memory().values
+    return [values.get(str(i), tensor.detach()) for i, tensor in enumerate(ema.ema_model)]
+
+
+@pytest.mark.parametrize("backend", ["triton", "foreach"])
+@pytest.mark.parametrize("online_dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("ema_dtype", LOW)
+def test_an_exact_ema_accumulates_as_fp32_bit_by_bit(
+    ema_dtype: torch.dtype, online_dtype: torch.dtype, backend: str
+) -> None:
+    exact = shaken("exact", ema_dtype, online_dtype, backend)
+    wide = shaken("nearest", torch.float32, online_dtype, backend)
+    for ours, expected in zip(exact, wide, strict=True):
+        assert torch.equal(ours.float(), expected)
+
+
+@pytest.mark.parametrize("online_dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("ema_dtype", LOW)
+def test_both_backends_round_alike_by_chance(
+    ema_dtype: torch.dtype, online_dtype: torch.dtype
+) -> None:
+    found = [
+        shaken("stochastic", ema_dtype, online_dtype, backend) for backend in ("triton", "foreach")
+    ]
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+    nearest = shaken("nearest", ema_dtype, online_dtype, "triton")
+    assert not all(map(torch.equal, found[0], nearest))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_each_replay_of_a_graph_rounds_anew(dtype: torch.dtype) -> None:
+    model = nn.ParameterList([torch.zeros(100_000, dtype=dtype)]).cuda()
+    ema = ModelEMA(model, precision="stochastic", backend="triton")
+    ema.update(0.0)
+    with torch.no_grad():
+        model[0].fill_(1.0)
+    momentum = 1 / 3  # of 1, it lies between two numbers
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema.update(momentum)
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            ema.ema_model[0].zero_()
+        graph.replay()
+        found.append(ema.ema_model[0].detach().clone())
+    assert ema.state_dict()["rounding"]["updates"] == 3
+    assert not torch.equal(*found)
+    low, high = found[0].unique().double().tolist()
+    for values in found:
+        # Bernoulli: 6 standard deviations of the mean of 100,000.
+        error = (values.double().mean() - momentum).abs().item()
+        assert error <= 6 * (high - low) / 2 / 100_000**0.5
+    twin = ModelEMA(model, precision="stochastic", backend="triton")
+    for update in range(3):  # the third update is the second replay
+        twin.ema_model[0].data.zero_()
+        twin.update(momentum if update else 0.0)
+    assert torch.equal(twin.ema_model[0], found[1])
+
+
+def test_an_exact_ema_that_somebody_wrote_during_capture_is_an_error() -> None:
+    model = nn.Linear(8, 8).cuda().bfloat16()
+    ema = ModelEMA(model, backend="triton")
+    ema.update(0.5)
+    with torch.no_grad():
+        ema.ema_model.weight.zero_()
+    with (
+        pytest.raises(RuntimeError, match="an exact EMA was written"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        ema.update(0.5)
+    torch.cuda.synchronize()
+    ema.update(0.5)
+
+
+@pytest.mark.parametrize(("precision", "kernels"), [("exact", 1), ("stochastic", 2)])
+@pytest.mark.parametrize("dtype", LOW)
+def test_kernels_of_a_precision(precision: str, kernels: int, dtype: torch.dtype) -> None:
+    """Stochastic rounding has one more, which counts the update, so that a graph counts too."""
+    model = network().to(dtype)
+    ema = ModelEMA(model, backend="triton", precision=precision)
+    ema.update(0.5)
+    found = launched(lambda: ema.update(0.25))
+    assert len(found) == kernels, found
+    assert sum("ema_update" in name for name in found) == 1
+
+
 def test_auto_takes_triton() -> None:
     pytest.importorskip("triton")
     ema = ModelEMA(network())
@@ -103,12 +208,22 @@ def no_synchronisation() -> Iterator[None]:
 
 @pytest.mark.parametrize("backend", ["triton", "foreach"])
 @pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("ema_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ema_dtype", "precision"),
+    [
+        (None, "exact"),
+        (torch.bfloat16, "nearest"),
+        (torch.bfloat16, "exact"),
+        (torch.float16, "exact"),
+        (torch.bfloat16, "stochastic"),
+        (torch.float16, "stochastic"),
+    ],
+)
 def test_an_update_neither_synchronises_nor_allocates(
-    backend: str, as_tensor: bool, ema_dtype: torch.dtype | None
+    backend: str, as_tensor: bool, ema_dtype: torch.dtype | None, precision: str
 ) -> None:
     model = nn.Sequential(network(), nn.BatchNorm1d(64).cuda())
-    ema = ModelEMA(model, backend=backend, ema_dtype=ema_dtype)
+    ema = ModelEMA(model, backend=backend, ema_dtype=ema_dtype, precision=precision)
     momentum: float | Tensor = torch.tensor(0.1, device="cuda") if as_tensor else 0.1
     for _ in range(3):
         ema.update(momentum)
@@ -117,7 +232,8 @@ def test_an_update_neither_synchronises_nor_allocates(
     with no_synchronisation():
         for value in (0.1, 0.2, 0.3):
             ema.update(momentum if as_tensor else value)
-    if backend == "triton" or not as_tensor:  # foreach converts a tensor weight's dtype
+    # foreach converts a tensor weight's dtype, and computes Philox's keys.
+    if backend == "triton" or not (as_tensor or precision == "stochastic"):
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
@@ -242,16 +358,17 @@ def test_a_momentum_on_another_device_is_an_error() -> None:
         ema.update(torch.tensor(0.5, device="cuda"))
 
 
-def test_a_bucket_beyond_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_bucket_beyond_two_to_the_31_elements(precision: str) -> None:
     size = 2**31 + 8192 + 3
     free, _ = torch.cuda.mem_get_info()
-    if free < 3 * 2 * size:
-        pytest.skip("needs 13 GB of GPU memory")
+    if free < 4 * 2 * size:
+        pytest.skip("needs 17 GB of GPU memory")
     model = nn.ParameterList([torch.zeros(5), torch.zeros(1)]).bfloat16().cuda()
     model[1].data = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
     twin = nn.ParameterList([torch.zeros(5), torch.zeros(1)]).bfloat16().cuda()
     twin[1].data = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-    ema = ModelEMA(model, ema_model=twin, backend="triton")
+    ema = ModelEMA(model, ema_model=twin, backend="triton", precision=precision)
     with torch.no_grad():
         model[1].fill_(1.0)
     ema.update(0.5)
