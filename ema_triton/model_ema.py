@@ -20,9 +20,9 @@ from torch._compile import _disable_dynamo
 
 from ema_triton import reference, saved
 from ema_triton.backend import Backend, check_name, choose
-from ema_triton.pairs import check_tensors, clean_name, listed, own_copy
+from ema_triton.pairs import check_tensors, clean_name, own_copy
 from ema_triton.plan import Memory, Plan, make_plan
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, shown
+from ema_triton.precision import COMPANION_DTYPE, PRECISIONS
 
 logger = logging.getLogger("ema_triton")
 
@@ -216,53 +216,26 @@ class ModelEMA:
         """
         found = saved.Saved.of(state)
         plan, _ = self._current_plan()
-        own = self.ema_model.state_dict()
-        names = {clean_name(name): name for name in own}
-        found.check_fit({clean: own[name] for clean, name in names.items()})
+        own_state = self.ema_model.state_dict()
+        names = {clean_name(name): name for name in own_state}
+        own = dict(zip(names, own_state.values(), strict=True))
+        found.check_fit(own)
         exact = {pair.ema.data_ptr() for pair in plan.companions.pairs}
-
-        loaded: Any = OrderedDict()
+        weights, values, remarks = found.converted(own, exact)
+        loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
         loaded._metadata = getattr(found.weights, "_metadata", None)
-        values: dict[str, Tensor] = {}
-        rounded: list[str] = []
-        unknown: list[str] = []
-        for name in found.weights:
-            mine, value = own[names[name]], found.value(name)
-            loaded[names[name]] = value
-            if not isinstance(mine, Tensor) or name.endswith("_extra_state"):
-                continue  # whatever the module makes of it
-            target = mine.dtype
-            if mine.data_ptr() in exact:
-                if found.precision is None and as_real(value).dtype in COMPANION_DTYPE:
-                    unknown.append(name)
-                values[name] = as_real(value).to(mine.device, torch.float32)
-                low = shown(values[name], as_real(mine).dtype)
-                loaded[names[name]] = torch.view_as_complex(low) if mine.is_complex() else low
-                target = torch.complex64 if mine.is_complex() else torch.float32
-            if saved.loses_digits(value.dtype, target):
-                rounded.append(name)
         self.ema_model.load_state_dict(loaded)
         seed, updates = plan.seed, plan.updates
-        if found.precision == self.precision == "stochastic":
-            seed, updates = found.seed, found.updates
+        if self.precision == "stochastic":
+            if found.precision == "stochastic":
+                seed, updates = found.seed, found.updates
+            elif found.precision is None:
+                remarks.append(
+                    "a module's state dict does not tell from where stochastic rounding goes on, "
+                    f"which keeps its seed {seed} and its count of {updates} updates"
+                )
         self._memory = Memory(values, seed, updates)
         self._make_plan()
-
-        remarks = []
-        if rounded:
-            remarks.append(
-                f"{listed(rounded)} had more digits than this EMA keeps, and were rounded"
-            )
-        if unknown:
-            remarks.append(
-                f"what was rounded off {listed(unknown)} is not in a module's state dict, and the "
-                "exact EMA goes on from the weights as they are"
-            )
-        if found.precision is None and self.precision == "stochastic":
-            remarks.append(
-                "seed and count of the stochastic rounding are not in a module's state dict, and "
-                f"go on from seed {seed} and update {updates}"
-            )
         if remarks:
             warnings.warn(f"The state was loaded; but {'; '.join(remarks)}.", stacklevel=2)
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join
+from ema_triton.pairs import listed
+from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
 
 # The format of ModelEMA.state_dict().
 VERSION = 1
@@ -115,8 +116,52 @@ class Saved(NamedTuple):
                 return [f"the companion of '{name}' is not one for {weight.dtype} of its shape"]
         return []
 
-    def value(self, name: str) -> Any:  # noqa: ANN401
-        """The value that was saved by this name: of an exact tensor in fp32, else as it is."""
+    def converted(
+        self, own: Mapping[str, Any], exact: set[int]
+    ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+        """The weights for an EMA model to load; exact values; and remarks on what was lost.
+
+        Args:
+            own: The EMA model's state, which this one fits.
+            exact: The addresses of its exact tensors.
+
+        Returns:
+            Weights by name, where they are exact as they show; fp32 values of those by name.
+        """
+        weights: dict[str, Any] = {}
+        values: dict[str, Tensor] = {}
+        rounded: list[str] = []
+        unknown: list[str] = []
+        for name in self.weights:
+            mine, value = own[name], self._value(name)
+            weights[name] = value
+            if not isinstance(mine, Tensor) or name.endswith("_extra_state"):
+                continue
+            target = mine.dtype
+            if mine.data_ptr() in exact:
+                real = as_real(value)
+                if self.precision is None and real.dtype in COMPANION_DTYPE:
+                    unknown.append(name)
+                values[name] = real.to(mine.device, torch.float32)
+                low = shown(values[name], as_real(mine).dtype)
+                weights[name] = torch.view_as_complex(low) if mine.is_complex() else low
+                target = torch.complex64 if mine.is_complex() else torch.float32
+            if _loses_digits(value.dtype, target):
+                rounded.append(name)
+        remarks = []
+        if rounded:
+            remarks.append(
+                f"{listed(rounded)} had more digits than are kept here, and were rounded"
+            )
+        if unknown:
+            remarks.append(
+                f"what was rounded off {listed(unknown)} is not in a module's state dict, and the "
+                "exact EMA goes on from the weights as they are"
+            )
+        return weights, values, remarks
+
+    def _value(self, name: str) -> Any:  # noqa: ANN401
+        """What was saved by this name: of an exact tensor its fp32 value, else as it is."""
         weight = self.weights[name]
         if name not in self.companions:
             return weight
@@ -124,7 +169,6 @@ class Saved(NamedTuple):
         return torch.view_as_complex(value) if weight.is_complex() else value
 
 
-def loses_digits(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether a dtype's values have to be rounded into another."""
+def _loses_digits(source: torch.dtype, target: torch.dtype) -> bool:
     fractions = source.is_floating_point or source.is_complex
     return fractions and torch.promote_types(source, target) != target
