@@ -200,7 +200,9 @@ class ModelEMA:
             "version": saved.VERSION,
             "weights": clean,
             "precision": self.precision,
-            "companions": {pair.name: beside for pair, beside in plan.companions.current()},
+            "companions": {
+                name: beside for pair, beside in plan.companions.current() for name in pair.names
+            },
             "rounding": rounding if self.precision == "stochastic" else None,
         }
 

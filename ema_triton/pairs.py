@@ -40,11 +40,17 @@ class Slot(NamedTuple):
 class Pair:
     """An EMA tensor and the online tensor of the same name; tied ones have a slot per name."""
 
-    name: str
+    names: list[str]
     online_slots: list[Slot]
     ema_slots: list[Slot]
     online: Tensor
     ema: Tensor
+    copied_from: Tensor | None = None  # the EMA tensor that was in its place until now
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
 
 
 class Slots(NamedTuple):
@@ -107,7 +113,7 @@ def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot])
         else:
             _check_kind(kind, name, mine)
             _check_shapes(name, online, mine)
-        pairs.append(Pair(name, [slot], [ema[name]], online, mine))
+        pairs.append(Pair([name], [slot], [ema[name]], online, mine))
     return pairs
 
 
@@ -122,6 +128,7 @@ def tie(pairs: list[Pair]) -> list[Pair]:
     for pair in pairs:
         twin = first.get(id(pair.ema))
         if twin is not None and twin.online is pair.online:
+            twin.names += pair.names
             twin.online_slots += pair.online_slots
             twin.ema_slots += pair.ema_slots
             continue
@@ -129,7 +136,7 @@ def tie(pairs: list[Pair]) -> list[Pair]:
             _refuse_split(twin.name, pair.name)
         first.setdefault(id(pair.ema), pair)
         if twin is not None or _share_memory(pair.online, pair.ema) or pair.ema.is_inference():
-            pair.ema = own_copy(pair.ema)
+            pair.ema, pair.copied_from = own_copy(pair.ema), pair.ema
         elif not has_fractions(pair.ema):  # an integer tensor became a floating one
             pair.ema = own_copy(pair.ema, pair.online.dtype)
         tied.append(pair)

@@ -334,8 +334,10 @@ class Plan:
 
     def memory(self) -> Memory:
         """What another plan for the same weights needs to go on from there."""
-        exact = self.companions.current()
-        values = {pair.name: join(as_real(pair.ema), companion) for pair, companion in exact}
+        values = {
+            pair.name: join(as_real(pair.ema), companion)
+            for pair, companion in self.companions.current()
+        }
         return Memory(values, self.seed, self.updates)
 
     @cached_property
@@ -515,9 +517,10 @@ def _lay_flat(
 def _value(pair: Pair, past: _Past) -> Tensor:
     """The fp32 value of an exact EMA tensor, in memory of its own; its weight, if that is all."""
     weight = as_real(pair.ema)
-    companion = past.companions.get(id(pair.ema))
+    source = pair.ema if pair.copied_from is None else pair.copied_from
+    companion = past.companions.get(id(source))
     if companion is not None:
-        return join(weight, companion)
+        return join(as_real(source), companion)
     value = weight.to(torch.float32, copy=True)
     if pair.name in past.values:
         remembered = past.values[pair.name].to(value)

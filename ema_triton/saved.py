@@ -146,7 +146,7 @@ class Saved(NamedTuple):
                 low = shown(values[name], as_real(mine).dtype)
                 weights[name] = torch.view_as_complex(low) if mine.is_complex() else low
                 target = torch.complex64 if mine.is_complex() else torch.float32
-            if _loses_digits(value.dtype, target):
+            if _loses_digits(value, target):
                 rounded.append(name)
         remarks = []
         if rounded:
@@ -169,6 +169,10 @@ class Saved(NamedTuple):
         return torch.view_as_complex(value) if weight.is_complex() else value
 
 
-def _loses_digits(source: torch.dtype, target: torch.dtype) -> bool:
-    fractions = source.is_floating_point or source.is_complex
-    return fractions and torch.promote_types(source, target) != target
+def _loses_digits(value: Tensor, target: torch.dtype) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return False
+    if torch.promote_types(value.dtype, target) == target:
+        return False
+    kept = value.to(target).to(value.dtype)
+    return not bool(((kept == value) | (value != value)).all())

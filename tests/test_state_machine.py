@@ -158,7 +158,12 @@ class AnyOrder(RuleBasedStateMachine):
     def change_memory_format(self, channels_last: bool, which: str) -> None:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         model = self.online if which == "online" else self.ema.ema_model
+        before = {name: t.data_ptr() for name, t in self.averaged(self.ema.ema_model).items()}
         model.to(memory_format=memory_format)
+        after = self.averaged(self.ema.ema_model)
+        # An EMA tensor in other memory was written by somebody.
+        if moved := [name for name, address in before.items() if after[name].data_ptr() != address]:
+            self.reset_shadow(*moved)
 
     @rule(frozen=st.booleans())
     def freeze(self, frozen: bool) -> None:
