@@ -196,12 +196,14 @@ class ModelEMA:
         clean._metadata = {clean_name(name): value for name, value in metadata.items()}
         plan = self._plan or self._make_plan()
         rounding = {"seed": plan.seed, "updates": plan.updates}
+        beside = {id(pair): companion for pair, _, companion in plan.companions.current()}
+        exact = plan.companions.names(clean)
         return {
             "version": saved.VERSION,
             "weights": clean,
             "precision": self.precision,
             "companions": {
-                name: beside for pair, beside in plan.companions.current() for name in pair.names
+                name: beside[id(pair)] for name, pair in exact.items() if id(pair) in beside
             },
             "rounding": rounding if self.precision == "stochastic" else None,
         }
@@ -222,7 +224,7 @@ class ModelEMA:
         names = {clean_name(name): name for name in own_state}
         own = dict(zip(names, own_state.values(), strict=True))
         found.check_fit(own)
-        exact = {pair.ema.data_ptr() for pair in plan.companions.pairs}
+        exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
         weights, values, remarks = found.converted(own, exact)
         loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
         loaded._metadata = getattr(found.weights, "_metadata", None)
@@ -262,7 +264,7 @@ class ModelEMA:
     def _current_plan(self) -> tuple[Plan, list[Tensor]]:
         """A plan that is not stale, and the online tensors that it copies."""
         plan = self._plan
-        if plan is not None and not plan.is_stale():
+        if plan is not None and self._backend is not None and not plan.is_stale():
             online = plan.copies.read()
             if online is not None:
                 return plan, online
@@ -290,14 +292,16 @@ class ModelEMA:
                 previous=self._plan,
                 memory=self._memory,
             )
-            backend = choose(self._requested_backend, plan)
-        for bucket in self._plan.buckets if self._plan else ():
-            # A launch on another stream may still be reading the old chunk table.
-            if bucket.key.device.type == "cuda":
-                torch.cuda.synchronize(bucket.key.device)
-        if self._backend is None or self._backend.reason != backend.reason:
-            logger.info("EMA backend: %s (%s)", backend.name, backend.reason)
-        self._plan, self._backend, self._memory = plan, backend, None
+            for bucket in self._plan.buckets if self._plan else ():
+                # A launch on another stream may still be reading the old chunk table.
+                if bucket.key.device.type == "cuda":
+                    torch.cuda.synchronize(bucket.key.device)
+            # The tensors lie as the plan says, whether or not a backend can be found for it.
+            last, self._backend = self._backend, None
+            self._plan, self._memory = plan, None
+            self._backend = choose(self._requested_backend, plan)
+        if last is None or last.reason != self._backend.reason:
+            logger.info("EMA backend: %s (%s)", self._backend.name, self._backend.reason)
         return plan
 
     def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:

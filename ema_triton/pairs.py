@@ -45,7 +45,6 @@ class Pair:
     ema_slots: list[Slot]
     online: Tensor
     ema: Tensor
-    copied_from: Tensor | None = None  # the EMA tensor that was in its place until now
 
     @property
     def name(self) -> str:
@@ -136,7 +135,7 @@ def tie(pairs: list[Pair]) -> list[Pair]:
             _refuse_split(twin.name, pair.name)
         first.setdefault(id(pair.ema), pair)
         if twin is not None or _share_memory(pair.online, pair.ema) or pair.ema.is_inference():
-            pair.ema, pair.copied_from = own_copy(pair.ema), pair.ema
+            pair.ema = own_copy(pair.ema)
         elif not has_fractions(pair.ema):  # an integer tensor became a floating one
             pair.ema = own_copy(pair.ema, pair.online.dtype)
         tied.append(pair)

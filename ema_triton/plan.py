@@ -105,8 +105,9 @@ class Watch:
 
     It looks before every update, so it is made of passes that stay in C. Addresses tell, because
     the plan keeps every storage alive; sizes, strides and conjugation are for a view put in its
-    tensor's place, which may have the tensor's address. What is not looked at, for 0.1 ms per 1000
-    tensors: the strides of vectors, and strides of EMA tensors that stay at their address.
+    tensor's place, which may have the tensor's address; EMA tensors are written, and so have to be
+    the very ones. What is not looked at, for 0.1 ms per 1000 tensors: the strides of vectors, and
+    strides of EMA tensors that stay at their address.
     """
 
     owners: list[dict[str, Any]]
@@ -114,6 +115,7 @@ class Watch:
     addresses: list[int]
     sizes: list[int]
     strides: list[tuple[int, ...]]
+    ema: list[Tensor]
     complex: list[Slot]
     containers: list[dict[str, Any]]
     children: list[Any]
@@ -143,6 +145,7 @@ class Watch:
             addresses=[*map(Tensor.data_ptr, tensors)],
             sizes=[*map(Tensor.numel, tensors[: len(online)])],
             strides=[*map(Tensor.stride, tensors[: len(strided)])],
+            ema=tensors[len(online) :],
             complex=[
                 slot for slot, tensor in zip(slots, tensors, strict=True) if tensor.is_complex()
             ],
@@ -165,6 +168,7 @@ class Watch:
                 [*map(Tensor.data_ptr, tensors)] != self.addresses
                 or [*map(Tensor.numel, tensors[: len(self.sizes)])] != self.sizes
                 or [*map(Tensor.stride, tensors[: len(self.strides)])] != self.strides
+                or not all(map(is_, tensors[len(self.sizes) :], self.ema))
                 or any(map(_is_conj, starmap(getitem, self.complex)))
                 or _contents(self.containers) != self.children
                 or any(self.empty)
@@ -234,60 +238,73 @@ _kind = attrgetter("dtype", "device", "layout")
 class Companions:
     """The exact EMA tensors, and what each has beside it; stale where somebody else wrote it.
 
-    A write shows in the tensor's version, and what replaces its memory in its address. (A write
-    through `.data` shows in neither: then the EMA goes on from a value that rounds to what was
-    written.)
+    A write shows in the tensor's version. (One through `.data` does not: then the EMA goes on from
+    a value that rounds to what was written.)
     """
 
     pairs: list[Pair]
-    companions: list[Tensor]  # in the buckets, with the weights' shapes and strides
-    weights: list[Tensor]
-    addresses: list[int]
+    weights: list[Tensor]  # in the buckets, with the EMA tensors' shapes and strides
+    companions: list[Tensor]  # likewise
+    tensors: list[Tensor]  # the EMA tensors, whose versions are compared
     versions: list[int]
     steps: list[int]  # by which a write of ours raises the version: 2 where two tensors share one
     writes: int = 0  # ours since then
 
     @classmethod
-    def of(cls, beside: list[tuple[Pair, Tensor]], ema_tensors: list[Tensor]) -> Companions:
-        """The pairs with their companions, as they are now; `ema_tensors` are written together."""
-        weights = [pair.ema for pair, _ in beside]
-        before = [*map(_version, weights)]
+    def of(cls, beside: list[tuple[Pair, Tensor, Tensor]], ema_tensors: list[Tensor]) -> Companions:
+        """Pairs, weights and companions, as they are now; `ema_tensors` are written together."""
+        tensors = [pair.ema for pair, _, _ in beside]
+        before = [*map(_version, tensors)]
         torch.autograd.graph.increment_version(ema_tensors)
-        versions = [*map(_version, weights)]
+        versions = [*map(_version, tensors)]
         return cls(
-            pairs=[pair for pair, _ in beside],
-            companions=[companion for _, companion in beside],
-            weights=weights,
-            addresses=[*map(Tensor.data_ptr, weights)],
+            pairs=[pair for pair, _, _ in beside],
+            weights=[weight for _, weight, _ in beside],
+            companions=[companion for _, _, companion in beside],
+            tensors=tensors,
             versions=versions,
             steps=[*map(sub, versions, before)],
         )
 
+    def names(self, state: Mapping[str, Any]) -> dict[str, Pair]:
+        """Which of a module's state, by clean name, are exact, whatever it calls them."""
+        by_address = {
+            weight.data_ptr(): pair for pair, weight in zip(self.pairs, self.weights, strict=True)
+        }
+        by_name = {name: pair for pair in self.pairs for name in pair.names}
+        found = {}
+        for name, value in state.items():
+            # A hook may have copied the tensor, or changed the name.
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                pair = by_address.get(value.data_ptr()) or by_name.get(name)
+                if pair is not None and value.shape == pair.ema.shape:
+                    found[name] = pair
+        return found
+
     def are_stale(self) -> bool:
         """Whether somebody else wrote one; versions only grow, so their sum tells."""
         expected = sum(self.versions) + self.writes * sum(self.steps)
-        return bool(sum(map(_version, self.weights)) != expected)
+        return bool(sum(map(_version, self.tensors)) != expected)
 
-    def current(self) -> Iterator[tuple[Pair, Tensor]]:
-        """Those that nobody else wrote, moved or replaced."""
-        for pair, companion, weight, address, version, step in zip(
-            self.pairs,
-            self.companions,
-            self.weights,
-            self.addresses,
-            self.versions,
-            self.steps,
-            strict=True,
-        ):
-            if (
-                pair.ema_slots[0].read() is weight
-                and (weight.data_ptr(), as_real(weight).stride()) == (address, companion.stride())
-                and weight._version == version + self.writes * step
-            ):
-                yield pair, companion
+    def unwritten(self) -> Iterator[tuple[Pair, Tensor, Tensor]]:
+        """Pair, weight and companion of those that nobody else wrote."""
+        for index, (version, step) in enumerate(zip(self.versions, self.steps, strict=True)):
+            if self.tensors[index]._version == version + self.writes * step:
+                yield self.pairs[index], self.weights[index], self.companions[index]
+
+    def current(self) -> Iterator[tuple[Pair, Tensor, Tensor]]:
+        """Those that are still in their place, too."""
+        for pair, weight, companion in self.unwritten():
+            now = pair.ema_slots[0].read()
+            if isinstance(now, Tensor) and _lies_at(as_real(now), weight):
+                yield pair, weight, companion
 
 
 _version = attrgetter("_version")
+
+
+def _lies_at(tensor: Tensor, other: Tensor) -> bool:
+    return (tensor.data_ptr(), tensor.stride()) == (other.data_ptr(), other.stride())
 
 
 class Memory(NamedTuple):
@@ -315,6 +332,7 @@ class Plan:
     ema_tensors: list[Tensor]
     companions: Companions
     seed: int
+    drawn: Tensor | int
     watch: Watch
 
     def is_stale(self) -> bool:
@@ -329,15 +347,12 @@ class Plan:
     @property
     def updates(self) -> int:
         """How many updates were rounded stochastically; waits for the device."""
-        drawn = [bucket.draws for bucket in self.buckets if bucket.draws is not None]
-        return int(drawn[0][1]) if drawn else 0
+        return int(self.drawn)
 
     def memory(self) -> Memory:
         """What another plan for the same weights needs to go on from there."""
-        values = {
-            pair.name: join(as_real(pair.ema), companion)
-            for pair, companion in self.companions.current()
-        }
+        exact = self.companions.current()
+        values = {pair.name: join(weight, companion) for pair, weight, companion in exact}
         return Memory(values, self.seed, self.updates)
 
     @cached_property
@@ -404,23 +419,28 @@ def make_plan(
         if pair.online.numel():
             groups.setdefault(_key(pair, ema_dtype, precision), []).append(pair)
     past = _Past.of(previous, memory)
-    # From here on tensors change.
     kept = buffers if handle_buffers == "ema_train" else []
-    for pair in averaged + copied + kept:
-        for owner, key in pair.ema_slots:
-            owner[key] = pair.ema
-    # The others are converted where they are laid flat: an exact one keeps digits that its own
-    # dtype cannot hold.
+    # EMA tensors, and what their data becomes. Those in buckets keep all their digits until they
+    # are laid flat: an exact one has more than its own dtype can hold.
+    moves: list[tuple[Tensor, Tensor]] = []
     for pair in [pair for pair in averaged if not pair.online.numel()] + copied + kept:
         dtype = ema_dtype if pair.ema.is_floating_point() else None
         if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
-            pair.ema.data = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
-    ema_tensors = [pair.ema for pair in averaged]
-    beside: list[tuple[Pair, Tensor]] = []
+            moved = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
+            moves.append((pair.ema, moved))
+    beside: list[tuple[Pair, Tensor, Tensor]] = []
     buckets = [
-        _lay_flat(key, pairs, number, past, beside)
+        _lay_flat(key, pairs, number, past, moves, beside)
         for number, (key, pairs) in enumerate(groups.items())
     ]
+    # From here on tensors change, and nothing fails.
+    for tensor, data in moves:
+        tensor.data = data
+    for pair in averaged + copied + kept:
+        for owner, slot_key in pair.ema_slots:
+            owner[slot_key] = pair.ema
+    ema_tensors = [pair.ema for pair in averaged]
+    draws = [bucket.draws[1] for bucket in buckets if bucket.draws is not None]
     return Plan(
         buckets=buckets,
         copies=Copies.of(copied),
@@ -428,6 +448,7 @@ def make_plan(
         ema_tensors=ema_tensors,
         companions=Companions.of(beside, ema_tensors),
         seed=past.seed,
+        drawn=draws[0] if draws else past.drawn,
         watch=Watch.over(model, ema_model, averaged),
     )
 
@@ -447,29 +468,48 @@ class _Past(NamedTuple):
     """What a new plan takes over."""
 
     buckets: list[Bucket]
-    companions: dict[int, Tensor]  # by the weight's id
+    exact: dict[tuple[int, str], tuple[Tensor, Tensor]]  # weight and companion, by slot
     values: Mapping[str, Tensor]
     seed: int
-    draws: Tensor | int  # how many updates were rounded stochastically
+    drawn: Tensor | int  # how many updates were rounded stochastically
 
     @classmethod
     def of(cls, previous: Plan | None, memory: Memory | None) -> _Past:
-        if previous is None:
-            memory = memory or Memory({}, 0, 0)
-            return cls([], {}, *memory)
-        if memory is not None:
-            return cls(previous.buckets, {}, *memory)
-        companions = {id(pair.ema): rest for pair, rest in previous.companions.current()}
-        draws = [bucket.draws[1] for bucket in previous.buckets if bucket.draws is not None]
-        return cls(previous.buckets, companions, {}, previous.seed, draws[0] if draws else 0)
+        if memory is not None or previous is None:
+            return cls(previous.buckets if previous else [], {}, *(memory or Memory({}, 0, 0)))
+        exact = {
+            slot.place: (weight, companion)
+            for pair, weight, companion in previous.companions.unwritten()
+            for slot in pair.ema_slots
+        }
+        return cls(previous.buckets, exact, {}, previous.seed, previous.drawn)
+
+    def value(self, pair: Pair) -> Tensor:
+        """The fp32 value of an exact EMA tensor: its weight, or what is known to show as that."""
+        weight = as_real(pair.ema)
+        value = weight.to(torch.float32, copy=True)
+        known = self.values.get(pair.name)
+        for slot in pair.ema_slots:
+            if slot.place in self.exact:
+                known = join(*self.exact[slot.place])
+        if known is None or known.shape != value.shape or weight.dtype not in COMPANION_DTYPE:
+            return value
+        known = known.to(value.device)
+        return torch.where(shown(known, weight.dtype) == weight, known, value)
 
 
 def _lay_flat(
-    key: Key, pairs: list[Pair], number: int, past: _Past, beside: list[tuple[Pair, Tensor]]
+    key: Key,
+    pairs: list[Pair],
+    number: int,
+    past: _Past,
+    moves: list[tuple[Tensor, Tensor]],
+    beside: list[tuple[Pair, Tensor, Tensor]],
 ) -> Bucket:
-    """Make the EMA tensors of one bucket views of one buffer, with the online tensors' strides.
+    """Lay the EMA tensors of one bucket flat in one buffer, with the online tensors' strides.
 
-    Their companions, if they have any, are appended to `beside`.
+    What their data becomes is appended to `moves`; the exact ones are, with weight and companion,
+    to `beside`.
     """
     align = ALIGNMENT // key.ema_dtype.itemsize
     sources = [as_real(pair.online) for pair in pairs]
@@ -478,75 +518,52 @@ def _lay_flat(
         offsets.append(total)
         total += -(-source.numel() // align) * align
 
-    kept = _still_flat(key, pairs, offsets, total, past.buckets)
+    def views_of(flat: Tensor) -> list[Tensor]:
+        return [
+            flat.as_strided(
+                source.shape,
+                source.stride() if key.dense else _contiguous_strides(source.shape),
+                offset,
+            )
+            for source, offset in zip(sources, offsets, strict=True)
+        ]
+
+    kept = None
+    for bucket in past.buckets:  # one whose buffer holds these EMA tensors just so
+        if (
+            (bucket.key.ema_dtype, bucket.key.device) == (key.ema_dtype, key.device)
+            and bucket.flat.numel() == total
+            and bucket.flat.data_ptr() == pairs[0].ema.data_ptr()
+            and all(map(_lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
+        ):
+            kept = bucket
     flat = kept.flat if kept else torch.zeros(total, dtype=key.ema_dtype, device=key.device)
+    weights = views_of(flat)
     companion, draws = None, None
     if key.precision == "exact":
         companion = kept.companion if kept else None
         if companion is None:
             companion = torch.zeros_like(flat, dtype=COMPANION_DTYPE[key.ema_dtype])
-    elif key.precision == "stochastic":
+        for pair, weight, rest in zip(pairs, weights, views_of(companion), strict=True):
+            if kept is None or pair.ema_slots[0].place not in past.exact:
+                split(past.value(pair).to(key.device), weight, rest)
+            beside.append((pair, weight, rest))
+    elif kept is None:
+        for pair, weight in zip(pairs, weights, strict=True):
+            weight.copy_(as_real(pair.ema))
+    if key.precision == "stochastic":
         draws = torch.tensor([(past.seed + number) % 2**63, 0], device=key.device)
-        draws[1] = past.draws
-    views = []
-    for pair, source, offset in zip(pairs, sources, offsets, strict=True):
-        strides = source.stride() if key.dense else _contiguous_strides(source.shape)
-        view = flat.as_strided(source.shape, strides, offset)
-        values = as_real(pair.ema)
-        in_place = kept is not None and (
-            (values.data_ptr(), values.stride()) == (view.data_ptr(), view.stride())
-        )
-        if companion is not None:
-            rest = companion.as_strided(source.shape, strides, offset)
-            if not (in_place and id(pair.ema) in past.companions):
-                split(_value(pair, past).to(key.device), view, rest)
-            beside.append((pair, rest))
-        elif not in_place:
-            # A clone, because the values may lie in this very memory in another order.
-            view.copy_(values.clone())
-        if not in_place:
-            pair.ema.data = torch.view_as_complex(view) if key.is_complex else view
-        views.append(view)
+        draws[1] = past.drawn
+    if kept is None:
+        for pair, weight in zip(pairs, weights, strict=True):
+            data = torch.view_as_complex(weight) if key.is_complex else weight
+            moves.append((pair.ema, data))
+    targets = weights
     if key.dense:
         sources = [source.as_strided((source.numel(),), (1,)) for source in sources]
-        views = [flat[o : o + s.numel()] for o, s in zip(offsets, sources, strict=True)]
+        targets = [flat[o : o + s.numel()] for o, s in zip(offsets, sources, strict=True)]
     names = [pair.name for pair in pairs]
-    return Bucket(key, names, flat, companion, draws, offsets, views, sources)
-
-
-def _value(pair: Pair, past: _Past) -> Tensor:
-    """The fp32 value of an exact EMA tensor, in memory of its own; its weight, if that is all."""
-    weight = as_real(pair.ema)
-    source = pair.ema if pair.copied_from is None else pair.copied_from
-    companion = past.companions.get(id(source))
-    if companion is not None:
-        return join(as_real(source), companion)
-    value = weight.to(torch.float32, copy=True)
-    if pair.name in past.values:
-        remembered = past.values[pair.name].to(value)
-        value = torch.where(shown(remembered, weight.dtype) == weight, remembered, value)
-    return value
-
-
-def _still_flat(
-    key: Key, pairs: list[Pair], offsets: list[int], total: int, buckets: list[Bucket]
-) -> Bucket | None:
-    """The bucket whose buffer holds these EMA tensors at these offsets already, if there is one."""
-    itemsize = key.ema_dtype.itemsize
-    base = pairs[0].ema.data_ptr()
-    for bucket in buckets:
-        if (
-            bucket.flat.data_ptr() == base
-            and bucket.flat.numel() == total
-            and bucket.flat.dtype == key.ema_dtype
-            and bucket.flat.device == key.device
-            and all(
-                pair.ema.data_ptr() == base + offset * itemsize
-                for pair, offset in zip(pairs, offsets, strict=True)
-            )
-        ):
-            return bucket
-    return None
+    return Bucket(key, names, flat, companion, draws, offsets, targets, sources)
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def join(weight: Tensor, companion: Tensor, scratch: Scratch | None = None) -> T
     value, spare, half, mask = scratch
     value.copy_(weight)
     if companion.dtype == torch.int16:
-        torch.add(_bits(value), companion, out=_bits(spare))
+        _bits(spare).copy_(companion).add_(_bits(value))
         # An old companion can make a NaN of the weight, as a negative one does of 0.
         torch.ne(spare, spare, out=mask)
         torch.where(mask, value, spare, out=value)
@@ -87,6 +87,8 @@ def shown(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def narrow_stochastic(value: Tensor, noise: Tensor, weight: Tensor, scratch: Scratch) -> None:
     """Round fp32 values into weights, such that the mean over all noise is exact.
+
+    (Of fp16 below 2**-14 it is off by 2**-38 at most, where 13 bits of noise end.)
 
     Args:
         value: fp32; used up.

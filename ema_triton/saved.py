@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema_triton.pairs import listed
+from ema_triton.pairs import REAL_DTYPE, clean_name, listed
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
 
 # The format of ModelEMA.state_dict().
@@ -38,12 +39,14 @@ class Saved(NamedTuple):
                 f"returned, but got {got}."
             )
         if not isinstance(state.get("weights"), Mapping):
-            if "version" in state or not any(isinstance(v, Tensor) for v in state.values()):
+            if not any(isinstance(value, Tensor) for value in state.values()):
                 raise ValueError(
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
-            return cls(state, {}, None, 0, 0)
+            weights: Any = OrderedDict((clean_name(name), value) for name, value in state.items())
+            weights._metadata = getattr(state, "_metadata", None)
+            return cls(weights, {}, None, 0, 0)
         if state.get("version") != VERSION:
             raise ValueError(
                 f"The state has version {state.get('version')!r}, but this release of ema_triton "
@@ -103,6 +106,10 @@ class Saved(NamedTuple):
             return [f"'{name}' is {tuple(weight.shape)} in the state but {tuple(own.shape)} here"]
         if weight.is_meta:
             return [f"'{name}' is on the meta device, without values"]
+        if weight.layout != torch.strided or weight.is_conj() or weight.is_neg():
+            return [f"'{name}' is sparse or a lazy view; save a dense, resolved tensor"]
+        if weight.is_floating_point() and weight.dtype not in REAL_DTYPE:
+            return [f"'{name}' is {weight.dtype}, which has to be converted first"]
         if weight.is_complex() != own.is_complex():
             return [f"'{name}' is {weight.dtype} in the state but {own.dtype} here"]
         if name in self.companions:
@@ -117,16 +124,16 @@ class Saved(NamedTuple):
         return []
 
     def converted(
-        self, own: Mapping[str, Any], exact: set[int]
+        self, own: Mapping[str, Any], exact: Mapping[str, str]
     ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
         """The weights for an EMA model to load; exact values; and remarks on what was lost.
 
         Args:
             own: The EMA model's state, which this one fits.
-            exact: The addresses of its exact tensors.
+            exact: Names of those that are exact, and what their values go by.
 
         Returns:
-            Weights by name, where they are exact as they show; fp32 values of those by name.
+            Weights by name, where they are exact as they show; fp32 values of those.
         """
         weights: dict[str, Any] = {}
         values: dict[str, Tensor] = {}
@@ -138,12 +145,12 @@ class Saved(NamedTuple):
             if not isinstance(mine, Tensor) or name.endswith("_extra_state"):
                 continue
             target = mine.dtype
-            if mine.data_ptr() in exact:
+            if name in exact:
                 real = as_real(value)
                 if self.precision is None and real.dtype in COMPANION_DTYPE:
                     unknown.append(name)
-                values[name] = real.to(mine.device, torch.float32)
-                low = shown(values[name], as_real(mine).dtype)
+                full = values[exact[name]] = real.to(mine.device, torch.float32)
+                low = shown(full, as_real(mine).dtype)
                 weights[name] = torch.view_as_complex(low) if mine.is_complex() else low
                 target = torch.complex64 if mine.is_complex() else torch.float32
             if _loses_digits(value, target):
