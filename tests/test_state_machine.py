@@ -265,7 +265,7 @@ def test_the_machine_notices_digits_lost_in_a_new_plan(monkeypatch: pytest.Monke
         machine.update(0.3)
         machine.replace_a_parameter()
     machine.equals_the_shadow()
-    monkeypatch.setattr(Companions, "current", lambda companions: iter(()))
+    monkeypatch.setattr(Companions, "unwritten", lambda companions: iter(()))
     for _ in range(5):
         machine.write_online_in_place()
         machine.update(0.001)
