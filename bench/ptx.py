@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from ema_triton.kernels import ema_update
 from ema_triton.launch import BLOCK, EXACT_BLOCK, WARPS
-from ema_triton.precision import COMPANION_DTYPE
+from ema_triton.precision import COMPANION_DTYPE, overflow
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -44,12 +44,19 @@ CASES = [
         for online in NARROW
     ),
 ]
+# Whether the momentum is a tensor, and whether the EMA is guarded.
+KINDS = [(False, False), (True, False), (False, True)]
 COMPANIONS = {"bf16": "i16", "fp16": "fp32"}
 
 # The driver reserves this much shared memory per block from sm_90 on; it is not ours.
 RESERVED_SHARED = 1024
 
 MOST_REGISTERS = 40
+
+# A guarded kernel adds up what its threads have counted, once, after the last of its elements.
+GUARD_REGISTERS = 56
+GUARD_SHARED = 256
+GUARD_BARRIERS = 6
 
 # Of stochastic rounding on sm_90, per element. An H200 issues 41 in the time that 6 bytes take.
 # fp16 needs more than bf16, whose spacing is where fp32's low half begins, also for subnormals.
@@ -66,6 +73,7 @@ class Variant:
         online: The online tensors' dtype.
         precision: How the EMA is rounded.
         tensor_momentum: Whether the momentum is a tensor that the kernel reads.
+        guarded: Whether it spares the EMA non-finite values.
         accesses: How many global loads and stores there are of each width, such as "ld.v4.b32".
         registers: Per thread, vector registers on AMD.
         shared: Bytes of shared memory that the kernel itself asks for.
@@ -79,6 +87,7 @@ class Variant:
     online: str
     precision: str
     tensor_momentum: bool
+    guarded: bool
     accesses: dict[str, int]
     registers: int
     shared: int
@@ -89,25 +98,27 @@ class Variant:
     def __str__(self) -> str:
         """For tables and messages."""
         kind = "tensor" if self.tensor_momentum else "float"
-        return f"{self.arch} {self.ema}<-{self.online} {self.precision} {kind} momentum"
+        guard = ", guarded" if self.guarded else ""
+        return f"{self.arch} {self.ema}<-{self.online} {self.precision} {kind} momentum{guard}"
 
     def shortfalls(self) -> list[str]:
         """Where the variant falls short of the design."""
         found = []
         # With AMD's 64 threads per warp the masked path has 4 elements per thread, and the noise,
         # which comes for 8, goes through shared memory.
-        if self.arch.startswith("sm_") or self.precision != "stochastic":
-            if self.shared:
+        if self.arch.startswith("sm_") or not (self.guarded or self.precision == "stochastic"):
+            if self.shared > self.guarded * GUARD_SHARED:
                 found.append(f"{self.shared} bytes of shared memory")
-            if self.barriers:
+            if self.barriers > self.guarded * GUARD_BARRIERS:
                 found.append(f"{self.barriers} barriers")
         if self.spills:
             found.append(f"spills of {self.spills}")
         if self.arch.startswith("sm_"):
-            if self.registers > MOST_REGISTERS:
-                found.append(f"{self.registers} registers, more than {MOST_REGISTERS}")
+            most = GUARD_REGISTERS if self.guarded else MOST_REGISTERS
+            if self.registers > most:
+                found.append(f"{self.registers} registers, more than {most}")
             found += self._narrow_accesses()
-        if self.arch == "sm_90" and self.precision == "stochastic":
+        if self.arch == "sm_90" and self.precision == "stochastic" and not self.guarded:
             most = MOST_INSTRUCTIONS[self.ema]
             if self.instructions is None or self.instructions > most:
                 found.append(f"{self.instructions} instructions per element, more than {most}")
@@ -118,10 +129,10 @@ class Variant:
 
         Its accesses are 128 bits wide, or 64 where a narrow type stands beside a wider EMA or
         companion. What else there is, per thread, belongs to the table's row (three loads), the
-        momentum, seed and number of the update, and the masked path, which takes a quarter of the
-        block (with noise half) and so as much of the elements that the aligned path has per thread,
-        though not less than the two fp64 of a vector. More scalar accesses than that are an aligned
-        path fallen apart.
+        momentum, seed and number of the update, the counter, and the masked path, which takes a
+        quarter of the block (with noise half) and so as much of the elements that the aligned path
+        has per thread, though not less than the two fp64 of a vector. More scalar accesses than
+        that are an aligned path fallen apart.
         """
         stores = [DTYPES[self.ema][1].itemsize]
         if self.precision == "exact":
@@ -142,7 +153,7 @@ class Variant:
         others = 3 + self.tensor_momentum + 2 * noise
         for op, most in (("ld", len(loads) * masked + others), ("st", len(stores) * masked)):
             scalars = sum(n for access, n in self.accesses.items() if access.startswith(f"{op}.b"))
-            if scalars != most:
+            if scalars != most and not (self.guarded and scalars <= most + 1):
                 found.append(f"{scalars} scalar {op} instead of {most}")
         return found
 
@@ -170,10 +181,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Compile every variant, print a line for each, fail where one falls short."""
     variants = [
-        compiled(arch, *case, tensor_momentum=tensor_momentum)
+        compiled(arch, *case, tensor_momentum=tensor_momentum, guarded=guarded)
         for arch in args.arch.split(",")
         for case in CASES
-        for tensor_momentum in (False, True)
+        for tensor_momentum, guarded in KINDS
     ]
     blocks = f"{BLOCK} elements by EMA bytes, {EXACT_BLOCK} if exact"
     print(f"triton {triton.__version__}, {WARPS} warps, blocks of {blocks}")
@@ -197,33 +208,48 @@ def line(variant: Variant) -> str:
     )
 
 
-def compiled(arch: str, ema: str, online: str, precision: str, *, tensor_momentum: bool) -> Variant:
+def compiled(
+    arch: str, ema: str, online: str, precision: str, *, tensor_momentum: bool, guarded: bool
+) -> Variant:
     """Compile one variant as the launcher would specialise it, and look at its code."""
     block = EXACT_BLOCK if precision == "exact" else BLOCK[DTYPES[ema][1].itemsize]
-    kernel = _compile(arch, ema, online, precision, tensor_momentum, block)
-    nvidia = arch.startswith("sm_")
-    look = _nvidia(kernel, block // (32 * WARPS)) if nvidia else _amd(kernel)
-    return Variant(
-        arch, ema, online, precision, tensor_momentum, shared=kernel.metadata.shared, **look
-    )
-
-
-def _compile(
-    arch: str, ema: str, online: str, precision: str, tensor_momentum: bool, block: int
-) -> CompiledKernel:
     arguments = {
         "table_ptr": "*i64",
         "ema_ptr": f"*{ema}",
         "companion_ptr": f"*{COMPANIONS[ema]}" if precision == "exact" else None,
         "draws_ptr": "*i64" if precision == "stochastic" else None,
+        "counters_ptr": "*i64" if guarded else None,
         "momentum": "fp64",
         "momentum_ptr": "*fp32" if tensor_momentum else None,
     }
-    constants = {name: None for name, kind in arguments.items() if kind is None}
-    constants |= {"ONLINE": DTYPES[online][0], "BLOCK": block}
-    names = [*arguments, "ONLINE", "BLOCK"]
+    constants = {
+        "ONLINE": DTYPES[online][0],
+        "OVERFLOW": overflow(DTYPES[ema][1], precision) if guarded else None,
+        "BLOCK": block,
+    }
+    kernel = _compile(arch, ema_update, arguments, constants)
+    nvidia = arch.startswith("sm_")
+    look = _nvidia(kernel, block // (32 * WARPS)) if nvidia else _amd(kernel)
+    return Variant(
+        arch,
+        ema,
+        online,
+        precision,
+        tensor_momentum,
+        guarded,
+        shared=kernel.metadata.shared,
+        **look,
+    )
+
+
+def _compile(
+    arch: str, kernel: triton.JITFunction, arguments: dict, constants: dict
+) -> CompiledKernel:
+    """Compile it with arguments of these kinds, pointers aligned; None is a constant too."""
+    names = [*arguments, *constants]
+    constants |= {name: None for name, kind in arguments.items() if kind is None}
     source = ASTSource(
-        fn=ema_update,
+        fn=kernel,
         signature={name: arguments.get(name) or "constexpr" for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={

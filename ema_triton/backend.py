@@ -8,17 +8,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ema_triton import reference
-from ema_triton.plan import Plan
+from ema_triton.plan import Bucket, Plan
 
 BACKENDS = ("auto", "triton", "foreach")
 
 
 class Backend(NamedTuple):
-    """A backend's name, the reason for its choice, and its update function."""
+    """A backend's name, the reason for its choice, and what it does."""
 
     name: str
     reason: str
     update: Callable[[Plan, float | Tensor], None]
+    exchange: Callable[[Bucket], None]
+    squares: Callable[[Bucket], Tensor]
+
+    @classmethod
+    def foreach(cls, reason: str) -> Backend:
+        """The reference path."""
+        return cls("foreach", reason, reference.update, reference.exchange, reference.squares)
 
 
 def choose(requested: str, plan: Plan) -> Backend:
@@ -38,22 +45,23 @@ def choose(requested: str, plan: Plan) -> Backend:
     """
     check_name(requested)
     if requested == "foreach":
-        return Backend("foreach", "backend='foreach' was asked for", reference.update)
+        return Backend.foreach("backend='foreach' was asked for")
     if not plan.buckets:
-        return Backend("foreach", "the model has no tensors to average", reference.update)
+        return Backend.foreach("the model has no tensors to average")
     obstacle = _obstacle(plan, explicit=requested == "triton")
     if obstacle is None:
         from ema_triton import launch
 
         asked = requested == "triton"
         why = "backend='triton' was asked for" if asked else "Triton drives the device"
-        return Backend("triton", "; ".join([why, *_exceptions(plan)]), launch.update)
+        reason = "; ".join([why, *_exceptions(plan)])
+        return Backend("triton", reason, launch.update, launch.exchange, launch.squares)
     if requested == "triton":
         raise RuntimeError(
             f"backend='triton' cannot run here: {obstacle}. Use backend='auto' to let the library "
             "fall back to torch._foreach_lerp_, or move the model to a GPU before building the EMA."
         )
-    return Backend("foreach", obstacle, reference.update)
+    return Backend.foreach(obstacle)
 
 
 def check_name(requested: str) -> None:

@@ -6,10 +6,11 @@ An engine's event asks the schedule for the momentum of the next update, shows i
 
 from __future__ import annotations
 
-import numbers
+import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -31,13 +32,15 @@ except ImportError as error:
         "ema_triton.ModelEMA."
     ) from error
 
+from ema_triton.distance import Distance
 from ema_triton.model_ema import ModelEMA
 from ema_triton.schedules import (
     Constant,
+    Delayed,
     LinearWarmup,
     Schedule,
-    schedule_from_state,
-    schedule_to_state,
+    check_schedule,
+    momentum_from,
 )
 
 DEFAULT_MOMENTUM = 0.0002
@@ -63,11 +66,18 @@ class EMAHandler:
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
             those of `ema_triton.schedules`; instead of the three arguments above.
+        update_after: Number of updates that only copy the online weights; then averaging begins,
+            and the schedule counts from 1.
+        ema_model: The EMA model to use, by default a copy of `model`.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating tensors, by default that of the model.
         precision: How a bf16 or fp16 EMA takes small steps: "exact", "stochastic" or "nearest"; see
             `ModelEMA`.
         seed: Of the stochastic rounding.
+        include: Names or globs of what to average, by default all; the rest is copied.
+        exclude: Those of `include` to copy all the same.
+        momentum_scale: Factors for the momentum by name or glob.
+        nonfinite: "propagate", "skip" or "raise": what NaN and Inf do to the EMA; see `ModelEMA`.
 
     Attributes:
         ema: The `ModelEMA`.
@@ -108,10 +118,16 @@ class EMAHandler:
         handle_buffers: str = "copy",
         *,
         schedule: Schedule | None = None,
+        update_after: int = 0,
+        ema_model: nn.Module | None = None,
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
         precision: str = "exact",
         seed: int = 0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        momentum_scale: Mapping[str, float] | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         given = (momentum, momentum_warmup, warmup_iters)
         if schedule is None:
@@ -122,18 +138,30 @@ class EMAHandler:
                 f"{momentum_warmup}, warmup_iters={warmup_iters} were given, and only one can "
                 "decide. Give the schedule alone, or those alone."
             )
-        self.schedule = schedule
-        self.update_index = 0
+        if type(update_after) is not int or update_after < 0:
+            raise ValueError(
+                f"update_after must be a number of updates, but got {update_after!r}. So many "
+                "updates copy the online weights before averaging begins: give an int from 0 on."
+            )
+        check_schedule(schedule)
         self.ema = ModelEMA(
             model,
+            ema_model=ema_model,
             handle_buffers=handle_buffers,
             backend=backend,
             ema_dtype=ema_dtype,
             precision=precision,
             seed=seed,
+            include=include,
+            exclude=exclude,
+            momentum_scale=momentum_scale,
+            nonfinite=nonfinite,
         )
+        self.schedule = Delayed(schedule, update_after) if update_after else schedule
         self._handles: dict[Engine, RemovableEventHandle] = {}
         self._names: dict[Engine, str] = {}
+        self._distances: dict[Engine, dict[str, int]] = {}
+        self._swaps: dict[Engine, tuple[Callable[[], None], list[RemovableEventHandle]]] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -151,35 +179,40 @@ class EMAHandler:
         return self.ema.handle_buffers
 
     @property
+    def update_index(self) -> int:
+        """The number of updates made."""
+        return self.ema.update_index
+
+    @property
     def schedule(self) -> Schedule:
         """The function from the update index to the momentum."""
-        return self._schedule
+        assert self.ema.schedule is not None  # since construction
+        return self.ema.schedule
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        if not callable(schedule):
-            raise TypeError(
-                f"schedule must be a function from the update index to the momentum, but got "
-                f"{schedule!r}. Give one of ema_triton.schedules, e.g. HalfLife(1000), or a "
-                "function of your own."
-            )
-        _momentum_from(schedule, 1)
-        self._schedule = schedule
+        check_schedule(schedule)
+        self.ema.schedule = schedule
 
     @property
     def momentum(self) -> float | None:
         """The schedule's momentum, after the warm-up; None for a schedule without such a field."""
-        return getattr(self.schedule, "momentum", None)
+        return getattr(self._undelayed, "momentum", None)
 
     @property
     def momentum_warmup(self) -> float | None:
         """The first update's momentum; None without warm-up."""
-        return getattr(self.schedule, "momentum_warmup", None)
+        return getattr(self._undelayed, "momentum_warmup", None)
 
     @property
     def warmup_iters(self) -> int | None:
         """The updates until `momentum` is reached; None without warm-up."""
-        return getattr(self.schedule, "warmup_iters", None)
+        return getattr(self._undelayed, "warmup_iters", None)
+
+    @property
+    def _undelayed(self) -> Schedule:
+        schedule = self.schedule
+        return schedule.schedule if isinstance(schedule, Delayed) else schedule
 
     @property
     def momentum_scheduler(self) -> Schedule:
@@ -219,17 +252,16 @@ class EMAHandler:
                 "This EMAHandler is attached to this engine already; attached twice, it would "
                 "update twice per event. Call detach() first to attach it differently."
             )
-        if not isinstance(engine, Engine):
-            raise TypeError(
-                f"engine must be an Ignite Engine, the trainer, but got {type(engine).__name__}."
+        _check_engine(engine, "engine", "the trainer")
+        if engine in self._swaps:
+            raise RuntimeError(
+                "This EMAHandler swaps around this engine's runs, and cannot update inside of "
+                "them. Attach it to the trainer."
             )
-        if name in _ENGINE_STATE:
-            raise ValueError(
-                f"The engine itself keeps something in engine.state.{name}, which the momentum "
-                "would overwrite. Choose another name, e.g. 'ema_momentum'."
-            )
+        _check_name(name)
         exists = hasattr(engine.state, name)
         shown = getattr(engine.state, name, None)
+        earlier = {key: len(listeners) for key, listeners in engine._event_handlers.items()}
         try:
             handle = engine.add_event_handler(event, self._update, name)
         except Exception:
@@ -247,29 +279,121 @@ class EMAHandler:
                 UserWarning,
                 stacklevel=2,
             )
+        if any(map(self._is_saved_by, _before_the_last(engine, earlier))):
+            warnings.warn(
+                "A Checkpoint that saves this EMAHandler is attached to the same event already, "
+                "and so runs before each update: what it saves lacks the last one, and a resumed "
+                "run will differ. Attach the EMAHandler before the Checkpoint.",
+                UserWarning,
+                stacklevel=2,
+            )
         if not exists or self._wrote(engine, name, shown):
-            self._write(engine, name, _momentum_from(self.schedule, self.update_index + 1))
+            self._write(engine, name, momentum_from(self.schedule, self.update_index + 1))
 
     def detach(self) -> None:
-        """Stop updating, on every engine; the EMA model and `engine.state` stay as they are."""
+        """Stop updating and swapping, on every engine; all else stays as it is."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self._distances.clear()
+        for engine, (end, handles) in self._swaps.items():
+            end()
+            for handle in handles:
+                handle.remove()
+            # An engine that finds this key keeps exceptions to itself, even if nobody listens.
+            if not engine._event_handlers[Events.EXCEPTION_RAISED]:
+                del engine._event_handlers[Events.EXCEPTION_RAISED]
+        self._swaps.clear()
+
+    def attach_swap(self, evaluator: Engine) -> None:
+        """Have every run of this engine evaluate the online model with the EMA's weights.
+
+        They are swapped from EPOCH_STARTED on, and back before anything else happens at COMPLETED,
+        TERMINATE, INTERRUPT or EXCEPTION_RAISED: a `Checkpoint` at COMPLETED saves the online
+        weights. See `ModelEMA.swapped`.
+
+        Args:
+            evaluator: The engine that evaluates `model`; not the trainer.
+
+        Raises:
+            RuntimeError: The handler swaps or updates on this engine already.
+            TypeError: This is not an engine.
+        """
+        _check_engine(evaluator, "evaluator", "that evaluates the model")
+        if evaluator in self._swaps or evaluator in self._handles:
+            what = "swaps" if evaluator in self._swaps else "updates"
+            raise RuntimeError(
+                f"This EMAHandler {what} on this engine already, and cannot swap around its runs. "
+                "Give an engine of its own to the evaluation, or call detach() first."
+            )
+        entered: list[AbstractContextManager[nn.Module]] = []
+
+        def begin() -> None:
+            if not entered:
+                entered.append(self.ema.swapped())
+                try:
+                    entered[0].__enter__()
+                except BaseException:
+                    entered.clear()
+                    raise
+
+        def end() -> None:
+            while entered:
+                entered.pop().__exit__(None, None, None)
+
+        def fail(error: BaseException) -> None:
+            end()
+            # The engine raises only if nobody listens, and nobody else does.
+            if len(evaluator._event_handlers[Events.EXCEPTION_RAISED]) == 1:
+                raise error
+
+        # An engine that was interrupted goes on without another EPOCH_STARTED.
+        begins = [Events.EPOCH_STARTED, Events.ITERATION_STARTED]
+        ends = [Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT]
+        handles = [evaluator.add_event_handler(event, begin) for event in begins]
+        handles += [evaluator.add_event_handler(event, end) for event in ends]
+        handles.append(evaluator.add_event_handler(Events.EXCEPTION_RAISED, fail))
+        for event in [*ends, Events.EXCEPTION_RAISED]:
+            listeners = evaluator._event_handlers[event]
+            listeners.insert(0, listeners.pop())
+        self._swaps[evaluator] = (end, handles)
+
+    def attach_distance(self, engine: Engine, every: int = 100, name: str = "ema_distance") -> None:
+        """Show in `engine.state` how far the EMA is from the online model.
+
+        Args:
+            engine: The trainer, attached already.
+            every: Updates from one measurement to the next, each of which waits for the device.
+            name: The attribute of `engine.state`, a dict of floats: "distance", "norm", and
+                "modules" with the same by top-level module; see `ModelEMA.distance`.
+
+        Raises:
+            RuntimeError: The handler is not attached to this engine.
+            ValueError: `every` is below 1, or the engine keeps something else by this name.
+        """
+        if engine not in self._handles:
+            raise RuntimeError(
+                "This EMAHandler is not attached to this engine, so there are no updates to "
+                "measure after. Call attach(engine) first."
+            )
+        if type(every) is not int or every < 1:
+            raise ValueError(
+                f"every must be a number of updates, but got {every!r}. The distance is measured "
+                "after each so many of them: give an int from 1 on."
+            )
+        _check_name(name, self._names[engine])
+        self._distances.setdefault(engine, {})[name] = every
 
     def sync(self) -> None:
         """Copy the online model into the EMA model, e.g. after loading weights into it."""
         self.ema.sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """The update index, the schedule and the EMA, of plain types and tensors.
+        """The state of `ema`: update index, schedule and weights, of plain types and tensors.
 
         A schedule that is not one of `ema_triton.schedules` is a function, which is not saved.
         """
-        return {
-            "update_index": self.update_index,
-            "schedule": schedule_to_state(self.schedule),
-            **self.ema.state_dict(),
-        }
+        return self.ema.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, and go on from there, warm-up included.
@@ -287,42 +411,37 @@ class EMAHandler:
             raise ValueError(
                 "The state must be what EMAHandler.state_dict() returned, with 'update_index' and "
                 f"'schedule', but got {got}. To load a module's state dict, use "
-                "handler.ema.load_state_dict(weights)."
+                "handler.ema.load_weights(weights)."
             )
-        update_index = state_dict["update_index"]
-        if type(update_index) is not int or update_index < 0:
-            raise ValueError(
-                f"The state's update_index must be the number of updates made, but is "
-                f"{update_index!r}. The checkpoint is damaged."
-            )
-        schedule = self.schedule
-        if state_dict["schedule"] is not None:
-            schedule = schedule_from_state(state_dict["schedule"])
-        self.ema.load_state_dict(state_dict)
-        replaced, self.schedule = self.schedule, schedule
-        self.update_index = update_index
-        if schedule != replaced:
-            warnings.warn(
-                f"The checkpoint's schedule {schedule} replaces this handler's {replaced}. To keep "
-                "another one, assign handler.schedule after loading.",
-                UserWarning,
-                stacklevel=2,
-            )
+        for remark in self.ema._load(state_dict):
+            warnings.warn(remark, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing."""
-        return {**self.__dict__, "_handles": {}, "_names": {}}
+        return {**self.__dict__, "_handles": {}, "_names": {}, "_distances": {}, "_swaps": {}}
 
     def _update(self, engine: Engine, name: str) -> None:
-        momentum = _momentum_from(self.schedule, self.update_index + 1)
+        next_index = self.update_index + 1
+        momentum = momentum_from(self.schedule, next_index)
         shown: Any = getattr(engine.state, name, None)
         driven = shown is not None and not self._wrote(engine, name, shown)
-        if driven and isinstance(self.schedule, Constant):
+        delayed = isinstance(self.schedule, Delayed) and next_index <= self.schedule.updates
+        if driven and not delayed and isinstance(self._undelayed, Constant):
             self.ema.update(shown)
         else:
             self.ema.update(momentum)
             self._write(engine, name, momentum)
-        self.update_index += 1
+        for attribute, every in self._distances.get(engine, {}).items():
+            if self.update_index % every == 0:
+                setattr(engine.state, attribute, _as_dict(self.ema.distance()))
+
+    def _is_saved_by(self, listener: object) -> bool:
+        # Whoever has a Checkpoint has imported this, which takes a while.
+        checkpoint = sys.modules.get("ignite.handlers.checkpoint")
+        if checkpoint is None or not isinstance(listener, checkpoint.Checkpoint):
+            return False
+        mine = (self, self.ema, self.ema_model)
+        return any(saved is own for saved in listener.to_save.values() for own in mine)
 
     def _write(self, engine: Engine, name: str, momentum: float) -> None:
         written = momentum + 0.0  # a new object
@@ -331,6 +450,39 @@ class EMAHandler:
 
     def _wrote(self, engine: Engine, name: str, shown: object) -> bool:
         return shown is self._written.get(engine, {}).get(name)
+
+
+def _before_the_last(engine: Engine, earlier: Mapping[Any, int]) -> Iterator[object]:
+    """What listens to the events that have one listener more than `earlier`."""
+    for event, listeners in engine._event_handlers.items():
+        if len(listeners) > earlier.get(event, 0):
+            for listener, _, _ in listeners[:-1]:
+                # Ignite wraps the listeners of an event with a filter.
+                yield getattr(listener, "__wrapped__", listener)
+
+
+def _check_engine(engine: object, argument: str, which: str) -> None:
+    if not isinstance(engine, Engine):
+        raise TypeError(
+            f"{argument} must be an Ignite Engine, {which}, but got {type(engine).__name__}."
+        )
+
+
+def _check_name(name: str, *taken: str) -> None:
+    if name in _ENGINE_STATE or name in taken:
+        raise ValueError(
+            f"The engine itself keeps something in engine.state.{name}, which the momentum "
+            "would overwrite. Choose another name, e.g. 'ema_momentum'."
+        )
+
+
+def _as_dict(distance: Distance) -> dict[str, Any]:
+    """For loggers, which name the entries of dicts and number those of tuples."""
+    norms = {"distance": distance.distance, "norm": distance.norm}
+    if not distance.modules:
+        return norms
+    modules = {name: _as_dict(of_module) for name, of_module in distance.modules.items()}
+    return {**norms, "modules": modules}
 
 
 def _schedule_from_arguments(
@@ -356,14 +508,3 @@ def _schedule_from_arguments(
             stacklevel=3,
         )
     return constant
-
-
-def _momentum_from(schedule: Schedule, update_index: int) -> float:
-    momentum: Any = schedule(update_index)
-    number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
-    if not number or not 0 <= momentum <= 1:
-        raise ValueError(
-            f"Invalid momentum: {momentum!r}, from the schedule at update {update_index}. A "
-            "schedule gives the weight of the online weights (1 - decay), in [0, 1]."
-        )
-    return float(momentum)

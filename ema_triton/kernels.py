@@ -1,5 +1,6 @@
-"""The device code: one Triton kernel that averages every tensor of a bucket in one launch.
+"""The device code: Triton kernels that take every tensor of a bucket in one launch.
 
+`ema_update` averages, `exchange` swaps the two models' values, `squares` measures their distance.
 A program takes one row of the chunk table: where the chunk's online elements start (an address),
 where its EMA elements start (an offset in the flat bucket), and how many there are.
 
@@ -119,25 +120,65 @@ def lerp(ema, online, momentum):
 
 
 @triton.jit
+def count(finite, mask, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """How many of each GROUP elements, which one thread has, are not finite."""
+    return tl.where(mask & (finite == 0), 1, 0).reshape(SIZE // GROUP, GROUP).sum(1)
+
+
+@triton.jit
 def average(
-    ema_ptrs, online_ptrs, companion_ptrs, seed, update, first, mask, momentum, SIZE: tl.constexpr
+    ema_ptrs,
+    online_ptrs,
+    companion_ptrs,
+    seed,
+    update,
+    spared,
+    first,
+    mask,
+    momentum,
+    OVERFLOW: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """ema = lerp(ema, online, momentum) for SIZE elements of the bucket, `first` and following."""
+    """ema = lerp(ema, online, momentum) for SIZE elements of the bucket, `first` and following.
+
+    Where there is an OVERFLOW, those that would reach it, or be NaN, are spared. Returns how many
+    were, `spared` included, by GROUP neighbours.
+    """
     EMA: tl.constexpr = ema_ptrs.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
     ema = tl.load(ema_ptrs, mask=mask)
     online = widen(tl.load(online_ptrs, mask=mask), COMPUTE)
-    if companion_ptrs is not None:
+    companion = None
+    if companion_ptrs is None:
+        old = widen(ema, COMPUTE)
+    else:
         companion = tl.load(companion_ptrs, mask=mask)
-        value = lerp(join(ema, companion), online, momentum)
-        ema, companion = split(value, EMA, companion.dtype)
+        old = join(ema, companion)
+    value = lerp(old, online, momentum)
+    if OVERFLOW is not None:
+        finite = tl.abs(value) < OVERFLOW  # not for NaN
+        spared += count(finite, mask, SIZE, GROUP)
+        value = tl.where(finite, value, old)
+    if companion_ptrs is not None:
+        ema, companion = split(value, EMA, companion_ptrs.dtype.element_ty)
         tl.store(companion_ptrs, companion, mask=mask)
     elif seed is not None:
-        value = lerp(widen(ema, COMPUTE), online, momentum)
         ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)
     else:
-        ema = narrow(lerp(widen(ema, COMPUTE), online, momentum), EMA)
+        ema = narrow(value, EMA)
     tl.store(ema_ptrs, ema, mask=mask)
+    return spared
+
+
+@triton.jit
+def chunk(table_ptr):
+    """The row of this program: online address; offset in the bucket; length; whether aligned."""
+    row = table_ptr + tl.program_id(0).to(tl.int64) * 3
+    address = tl.load(row)
+    offset = tl.load(row + 1)
+    length_and_flag = tl.load(row + 2)
+    return address, offset, (length_and_flag >> 1).to(tl.int32), length_and_flag & 1
 
 
 @triton.jit(do_not_specialize_on_alignment=["momentum_ptr"])
@@ -146,9 +187,11 @@ def ema_update(
     ema_ptr,
     companion_ptr,
     draws_ptr,
+    counters_ptr,
     momentum: tl.float64,
     momentum_ptr,
     ONLINE: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ema = lerp(ema, online, momentum) for the chunk in row `program_id(0)` of the chunk table.
@@ -158,17 +201,15 @@ def ema_update(
     companion_ptr: what a bucket of exact precision has beside each weight, or None.
     draws_ptr: int64 [2], seed and number of this update, for a bucket of stochastic precision, or
         None; read here, so that each replay of a captured graph rounds anew.
+    counters_ptr: int64 [rows], each counting the elements of its chunk that kept their value,
+        because the new one was not finite; or None, and then they take it.
     momentum: used when momentum_ptr is None; a double, since fp64 buckets need all its digits.
     momentum_ptr: a 0-d tensor or None; read here, so that a captured graph follows its value.
     ONLINE: dtype of the online elements.
+    OVERFLOW: the least magnitude that counts as not finite; None without counters.
     BLOCK: elements handled at a time.
     """
-    row = table_ptr + tl.program_id(0).to(tl.int64) * 3
-    address = tl.load(row)
-    offset = tl.load(row + 1)
-    length_and_flag = tl.load(row + 2)
-    length = (length_and_flag >> 1).to(tl.int32)
-
+    address, offset, length, aligned = chunk(table_ptr)
     EMA: tl.constexpr = ema_ptr.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
     # Read once, before the loop: the stores may alias these as far as the compiler knows.
@@ -190,11 +231,14 @@ def ema_update(
         companion = tl.multiple_of(companion_ptr + offset, 16)
     STORED: tl.constexpr = EMA if companion is None else companion.dtype.element_ty
     WIDEST: tl.constexpr = STORED.primitive_bitwidth
-    if length_and_flag & 1:
+    # Neighbours that one thread has, whatever the layout.
+    GROUP: tl.constexpr = 2 if EMA == tl.float64 else 4
+    if aligned:
         # The bound is written as a multiple of 8 (the flag says that it is one): with a bound of
         # unknown divisibility every access would be scalar.
         online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
         bound = (length // 8) * 8
+        spared = tl.zeros((BLOCK // GROUP,), tl.int32)
         for start in range(0, bound, BLOCK):
             index = start + tl.arange(0, BLOCK)
             ema_ptrs = ema + index
@@ -205,33 +249,128 @@ def ema_update(
                 ema_ptrs = tl.max_contiguous(ema_ptrs, 4)
             if ONLINE.primitive_bitwidth < WIDEST:
                 online_ptrs = tl.max_contiguous(online_ptrs, 4)
-            average(
+            spared = average(
                 ema_ptrs,
                 online_ptrs,
                 None if companion is None else companion + index,
                 seed,
                 update,
+                spared,
                 offset + start,
                 index < bound,
                 weight,
+                OVERFLOW,
                 BLOCK,
+                GROUP,
             )
+        if counters_ptr is not None:
+            add(counters_ptr, spared)
     else:
         # Cast again: a hint marks the value itself and would leak into this branch. Smaller steps,
         # since masking each element costs registers that the aligned branch would pay for; with
         # noise no smaller than the 8 elements per thread that one call gives.
         online = address.to(tl.pointer_type(ONLINE))
         SMALL: tl.constexpr = BLOCK // (4 if draws_ptr is None else 2)
+        spared_here = tl.zeros((SMALL // GROUP,), tl.int32)
         for start in range(0, length, SMALL):
             index = start + tl.arange(0, SMALL)
-            average(
+            spared_here = average(
                 ema + index,
                 online + index,
                 None if companion is None else companion + index,
                 seed,
                 update,
+                spared_here,
                 offset + start,
                 index < length,
                 weight,
+                OVERFLOW,
                 SMALL,
+                GROUP,
             )
+        if counters_ptr is not None:
+            add(counters_ptr, spared_here)
+
+
+@triton.jit
+def add(counters_ptr, spared):
+    """Add to this program's counter, which is nobody else's; in the usual case there is nothing."""
+    total = tl.sum(spared)
+    if total > 0:
+        counter = counters_ptr + tl.program_id(0)
+        tl.store(counter, tl.load(counter) + total)
+
+
+@triton.jit
+def exchange(table_ptr, ema_ptr, BLOCK: tl.constexpr):
+    """Swap the online and the EMA elements, which have one dtype, of the program's chunk."""
+    address, offset, length, aligned = chunk(table_ptr)
+    ema = tl.multiple_of(ema_ptr + offset, 16)
+    if aligned:
+        online = tl.multiple_of(address.to(ema_ptr.dtype), 16)
+        bound = (length // 8) * 8
+        for start in range(0, bound, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            exchange_at(ema + index, online + index, index < bound)
+    else:
+        online = address.to(ema_ptr.dtype)
+        for start in range(0, length, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            exchange_at(ema + index, online + index, index < length)
+
+
+@triton.jit
+def exchange_at(ema_ptrs, online_ptrs, mask):
+    """Swap the elements at these addresses."""
+    ema = tl.load(ema_ptrs, mask=mask)
+    online = tl.load(online_ptrs, mask=mask)
+    tl.store(ema_ptrs, online, mask=mask)
+    tl.store(online_ptrs, ema, mask=mask)
+
+
+@triton.jit
+def squares(table_ptr, ema_ptr, companion_ptr, sums_ptr, ONLINE: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's chunk's sums of (ema - online)**2 and of online**2, to fp64 sums_ptr [rows, 2].
+
+    In fp64, where no square overflows and no sum forgets the small ones; a chunk's sums depend on
+    nothing but its elements.
+    """
+    address, offset, length, aligned = chunk(table_ptr)
+    ema = tl.multiple_of(ema_ptr + offset, 16)
+    companion = companion_ptr
+    if companion_ptr is not None:
+        companion = tl.multiple_of(companion_ptr + offset, 16)
+    apart = tl.zeros((BLOCK,), tl.float64)
+    size = tl.zeros((BLOCK,), tl.float64)
+    if aligned:
+        online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
+        bound = (length // 8) * 8
+        for start in range(0, bound, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            beside = None if companion is None else companion + index
+            difference, value = differences(ema + index, online + index, beside, index < bound)
+            apart += difference * difference
+            size += value * value
+    else:
+        online = address.to(tl.pointer_type(ONLINE))
+        for start in range(0, length, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            beside = None if companion is None else companion + index
+            difference, value = differences(ema + index, online + index, beside, index < length)
+            apart += difference * difference
+            size += value * value
+    sums = sums_ptr + tl.program_id(0).to(tl.int64) * 2
+    tl.store(sums, tl.sum(apart))
+    tl.store(sums + 1, tl.sum(size))
+
+
+@triton.jit
+def differences(ema_ptrs, online_ptrs, companion_ptrs, mask):
+    """ema - online, and online, in fp64; 0 where masked."""
+    ema = tl.load(ema_ptrs, mask=mask, other=0)
+    online = widen(tl.load(online_ptrs, mask=mask, other=0), tl.float64)
+    if companion_ptrs is None:
+        value = widen(ema, tl.float64)
+    else:
+        value = join(ema, tl.load(companion_ptrs, mask=mask, other=0)).to(tl.float64)
+    return value - online, online

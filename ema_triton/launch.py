@@ -1,4 +1,4 @@
-"""The update through the Triton kernel: one launch per bucket."""
+"""Updates, exchanges and distances through the Triton kernels: one launch per bucket."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ema_triton import reference
+from ema_triton import kernels, reference
 from ema_triton.kernels import ema_update
 from ema_triton.plan import Bucket, Plan
+from ema_triton.precision import overflow
 
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
 _NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -23,6 +24,8 @@ BLOCK = {2: 2048, 4: 2048, 8: 512}
 # An exact EMA has three tensors in flight and not two: 30 to 32 registers; with 2048 up to 42.
 EXACT_BLOCK = 1024
 WARPS = 4
+# Of `squares`, which keeps two fp64 sums per element handled at a time.
+SQUARES_BLOCK = 1024
 
 # Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
 INTERPRETED = not isinstance(ema_update, triton.runtime.JITFunction)
@@ -37,11 +40,41 @@ def update(plan: Plan, momentum: float | Tensor) -> None:
             which the kernel reads, so that a captured CUDA graph follows its value.
     """
     for bucket in plan.buckets:
-        if obstacle(bucket) is None:
+        if obstacle(bucket) is None and bucket.key.scale is not None:
             bucket.count_update()
             _launch(bucket, momentum, len(bucket.chunk_table))
         else:
             reference.update_bucket(bucket, momentum)
+
+
+def exchange(bucket: Bucket) -> None:
+    """Swap the values of the bucket's EMA tensors and of their online tensors, of one dtype."""
+    if obstacle(bucket) is not None:
+        reference.exchange(bucket)
+        return
+    with _current(bucket.key.device):
+        kernels.exchange[(len(bucket.chunk_table),)](
+            bucket.chunk_table, bucket.flat, BLOCK=_block(bucket), num_warps=WARPS
+        )
+
+
+def squares(bucket: Bucket) -> Tensor:
+    """The sums of (ema - online)**2 and of online**2 of each tensor, fp64 [tensors, 2]."""
+    if obstacle(bucket) is not None:
+        return reference.squares(bucket)
+    table = bucket.chunk_table
+    sums = table.new_empty((len(table), 2), dtype=torch.float64)
+    with _current(bucket.key.device):
+        kernels.squares[(len(table),)](
+            table,
+            bucket.flat,
+            bucket.companion,
+            sums,
+            ONLINE=_online(bucket),
+            BLOCK=SQUARES_BLOCK,
+            num_warps=WARPS,
+        )
+    return torch.segment_reduce(sums, "sum", lengths=bucket.chunks.to(table.device))
 
 
 def prepare(plan: Plan) -> None:
@@ -51,7 +84,7 @@ def prepare(plan: Plan) -> None:
         Exception: Whatever Triton raises where it cannot compile, for example without a C compiler.
     """
     for bucket in plan.buckets:
-        if obstacle(bucket) is None:
+        if obstacle(bucket) is None and bucket.key.scale is not None:
             _launch(bucket, 0.0, 0)  # a grid without programs is compiled and loaded, not launched
 
 
@@ -77,20 +110,32 @@ def device_obstacle(device: torch.device) -> str | None:
 
 
 def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
-    key = bucket.key
-    value, pointer = (momentum, None) if isinstance(momentum, float) else (0.0, momentum)
+    key, share = bucket.key, bucket.share(momentum)
+    value, pointer = (share, None) if isinstance(share, float) else (0.0, share)
     with _current(key.device):
         ema_update[(chunks,)](
             bucket.chunk_table,
             bucket.flat,
             bucket.companion,
             bucket.draws,
+            bucket.counters,
             value,
             pointer,
-            ONLINE=_NARROW.get(key.online_dtype, tl.float64),
-            BLOCK=EXACT_BLOCK if key.precision == "exact" else BLOCK[key.ema_dtype.itemsize],
+            ONLINE=_online(bucket),
+            OVERFLOW=overflow(key.ema_dtype, key.precision)
+            if bucket.counters is not None
+            else None,
+            BLOCK=EXACT_BLOCK if key.precision == "exact" else _block(bucket),
             num_warps=WARPS,
         )
+
+
+def _online(bucket: Bucket) -> tl.dtype:
+    return _NARROW.get(bucket.key.online_dtype, tl.float64)
+
+
+def _block(bucket: Bucket) -> int:
+    return BLOCK[bucket.key.ema_dtype.itemsize]
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

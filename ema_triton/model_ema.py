@@ -1,33 +1,38 @@
 """`ModelEMA`: a model's EMA model, kept up to date one `update` at a time.
 
-It knows no training loop and no schedule: it receives a momentum.
+It knows no training loop. It receives a momentum, or follows an optimizer and a schedule.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import numbers
-import sys
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
 
-from ema_triton import reference, saved
+from ema_triton import distance, reference, saved
+from ema_triton.arguments import check_choices, check_momentum
 from ema_triton.backend import Backend, check_name, choose
-from ema_triton.pairs import check_tensors, clean_name, own_copy
+from ema_triton.distance import Distance
+from ema_triton.groups import Groups
+from ema_triton.interrupts import Uninterrupted
+from ema_triton.models import check_model, copy_model, unwrap
+from ema_triton.nonfinite import Alarm, complaint
+from ema_triton.pairs import Slots, check_tensors, clean_name, own_copy
 from ema_triton.plan import Memory, Plan, make_plan
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS
+from ema_triton.precision import COMPANION_DTYPE, as_real, join
+from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
+from ema_triton.swap import Swap
 
 logger = logging.getLogger("ema_triton")
-
-HANDLE_BUFFERS = ("copy", "update", "ema_train")
-EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ModelEMA:
@@ -61,12 +66,23 @@ class ModelEMA:
             small. Wider dtypes need none of it.
         seed: Of the stochastic rounding, from 0 to 2**63 - 1; the same on all ranks keeps their
             EMAs equal.
+        include: Names or globs of the tensors or modules to average, by default all; what else
+            there is gets copied at every update.
+        exclude: Those of `include` to copy all the same.
+        momentum_scale: Factors for the momentum by name or glob, of which the first that matches a
+            tensor counts; a product above 1 is 1.
+        nonfinite: What an online value of NaN or Inf does to the EMA, or one too large for its
+            dtype: "propagate" lets it in, as torch does; "skip" keeps the EMA's old value there
+            and counts, see `nonfinite_count`; "raise" skips and raises FloatingPointError, at
+            once on a CPU, at the next update on a GPU. Of what is averaged; a copy is a copy.
 
     Attributes:
         model: The online model, unwrapped.
         ema_model: The EMA model, in eval mode unless `handle_buffers` is "ema_train".
         handle_buffers: As given.
         precision: As given.
+        nonfinite: As given.
+        update_index: The number of updates made. (Replays of a captured CUDA graph are not seen.)
 
     Raises:
         ValueError: An argument is not one of the accepted values; the model is not a Module; names
@@ -95,25 +111,39 @@ class ModelEMA:
         ema_dtype: torch.dtype | None = None,
         precision: str = "exact",
         seed: int = 0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        momentum_scale: Mapping[str, float] | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
-        _check_model(model)
-        _check_choices(handle_buffers, ema_dtype, precision, seed)
+        check_model(model)
+        check_choices(handle_buffers, ema_dtype, precision, seed, nonfinite)
         check_name(backend)
         self.model = unwrap(model)
         self.handle_buffers = handle_buffers
         self.precision = precision
+        self.nonfinite = nonfinite
+        self.update_index = 0
+        self._groups = Groups.of(include, exclude, momentum_scale)
+        slots = Slots.of(self.model)
+        self._groups.check([*slots.parameters, *slots.buffers, *slots.empty_buffers])
         if ema_model is None:
             check_tensors(self.model)
             with torch.inference_mode(False):  # as in _make_plan
-                self.ema_model = _copy(self.model)
+                self.ema_model = copy_model(self.model)
         else:
-            _check_model(ema_model)
+            check_model(ema_model)
             self.ema_model = unwrap(ema_model)
             if self.ema_model is self.model:
                 raise ValueError(
                     "ema_model is the online model itself, so there is nothing to average. Give "
                     "another instance of it, or leave ema_model out to have a copy made."
                 )
+        self._schedule: Schedule | None = None
+        self._following: RemovableHandle | None = None
+        self._swap: Swap | None = None
+        self._alarm = Alarm()
+        self._lock = threading.RLock()
         self._requested_backend = backend
         self._plan: Plan | None = None
         self._backend: Backend | None = None
@@ -148,18 +178,29 @@ class ModelEMA:
 
         Raises:
             ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
-            RuntimeError: A tensor moved during CUDA graph capture.
+            RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
+                swapped.
+            FloatingPointError: With nonfinite="raise", the online model is not finite.
         """
-        momentum = _check_momentum(momentum)
-        with torch.no_grad():
+        momentum = check_momentum(momentum)
+        with self._lock, torch.no_grad():
+            self._refuse_inside_swap("update()")
             plan, online = self._current_plan()
             self._check_momentum_fits(momentum, plan)
+            capturing = plan.on_cuda and torch.cuda.is_current_stream_capturing()
+            if self.nonfinite == "raise" and not capturing:
+                self._raise_if_nonfinite(plan)  # of the last update
             if online:
                 torch._foreach_copy_(plan.copies.ema, online)
             self._chosen.update(plan, momentum)
-            if plan.on_cuda and torch.cuda.is_current_stream_capturing():
+            if capturing:
                 self._captured.append(plan)  # the graph goes on reading its chunk table
             plan.wrote()
+            self.update_index += 1
+            if self.nonfinite == "raise" and not capturing:
+                self._alarm.ask(plan)
+                if not plan.on_cuda:
+                    self._raise_if_nonfinite(plan)
 
     @_disable_dynamo
     def sync(self) -> None:
@@ -167,8 +208,10 @@ class ModelEMA:
 
         Raises:
             ValueError: A tensor changed its shape or vanished.
+            RuntimeError: The models' weights are swapped.
         """
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            self._refuse_inside_swap("sync()")
             plan, online = self._current_plan()
             if online:
                 torch._foreach_copy_(plan.copies.ema, online)
@@ -181,78 +224,306 @@ class ModelEMA:
                         slot.owner[slot.key] = own_copy(current, pair.ema.dtype)
             plan.wrote()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The EMA's state by clean name, for `torch.save`; tensors are shared, not copied.
+    def swapped(self) -> AbstractContextManager[nn.Module]:
+        """A context in which the online model has the EMA's weights and buffers, to be evaluated.
 
-        It holds the EMA model's weights, what an exact EMA keeps beside them ("companions"), and
-        from where stochastic rounding goes on ("rounding", the seed and the count of updates).
+        The values change places, at unchanged addresses: one pass on a GPU, on a CPU with at most a
+        chunk of extra memory. (Where EMA and online dtypes differ, and for what is copied and not
+        averaged, the online values wait in a copy.) They are back after any exception, and Ctrl-C
+        waits while they move. Inside, `update`, `sync`, `load_state_dict` and another swap are
+        errors, `state_dict` is what it is outside, and a write to the weights is warned of on exit.
+
+        Raises:
+            RuntimeError: They are swapped already.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> ema = ModelEMA(model)
+            >>> _ = ema.ema_model.weight.data.fill_(0.5)
+            >>> with ema.swapped() as evaluated:
+            ...     print(evaluated is model, model.weight.tolist())
+            True [[0.5, 0.5]]
+        """
+        return Uninterrupted(self._swap_in, self._swap_out)
+
+    def follow(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> RemovableHandle:
+        """Update after every step that the optimizer really makes.
+
+        Accumulating gradients makes no step, nor does `GradScaler` where gradients overflowed. (A
+        fused optimizer is called then too, and is asked whether it stepped, which waits for the
+        device; of other optimizers `GradScaler` has waited itself.)
+
+        Args:
+            optimizer: The optimizer of the online model.
+            schedule: From the update index, counting from 1, to the momentum; also in `schedule`.
+
+        Returns:
+            A handle whose `remove()` ends it.
+
+        Raises:
+            RuntimeError: It follows an optimizer already.
+            ValueError: The optimizer has none of the model's parameters.
+            TypeError: The schedule is not a function.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> ema = ModelEMA(model)
+            >>> handle = ema.follow(optimizer, lambda update_index: 0.1)
+            >>> model(torch.ones(2)).backward()
+            >>> optimizer.step()
+            >>> ema.update_index
+            1
+        """
+        hooks = None if self._following is None else self._following.hooks_dict_ref()
+        if self._following is not None and hooks is not None and self._following.id in hooks:
+            raise RuntimeError(
+                "This EMA follows an optimizer already; following two, it would update twice per "
+                "iteration. Call remove() on the first handle, or follow the optimizer that steps "
+                "last."
+            )
+        check_schedule(schedule)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(parameter) in trained for parameter in self.model.parameters()):
+            raise ValueError(
+                "The optimizer has none of this model's parameters, so its steps do not change the "
+                "model. Give the optimizer that trains it, and build that after moving the model."
+            )
+        self._schedule = schedule
+        self._following = optimizer.register_step_post_hook(self._after_step)
+        return self._following
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The function from the update index to the momentum, if there is one; may be assigned."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule | None) -> None:
+        if schedule is not None:
+            check_schedule(schedule)
+        self._schedule = schedule
+
+    def nonfinite_count(self) -> int:
+        """How many values the EMA was spared so far; reads a counter, which waits for the device.
+
+        A value that is not finite in the online model counts at each update. A complex number has
+        two values.
+
+        Raises:
+            RuntimeError: With nonfinite="propagate" nothing is counted.
+        """
+        if self.nonfinite == "propagate":
+            raise RuntimeError(
+                "nonfinite='propagate' counts nothing. Build the EMA with nonfinite='skip' or "
+                "'raise'."
+            )
+        with self._lock:
+            return (self._plan or self._make_plan()).nonfinite_count()
+
+    def distance(self) -> Distance:
+        r"""How far the EMA is from the online model, overall and by top-level module.
+
+        .. math:: \|\theta_{EMA} - \theta\|_2 \text{ and } \|\theta\|_2
+
+        over the averaged tensors, in fp64, of the values that an exact EMA accumulates. One pass;
+        waits for the device.
+
+        Raises:
+            ValueError: A tensor changed its shape or vanished.
+            RuntimeError: The models' weights are swapped.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> _ = model.weight.data.fill_(3.0)
+            >>> ema = ModelEMA(model)
+            >>> _ = ema.ema_model.weight.data.copy_(torch.tensor([[3.0, -1.0]]))
+            >>> ema.distance().distance
+            4.0
+        """
+        with self._lock, torch.no_grad():
+            self._refuse_inside_swap("distance()")
+            plan, _ = self._current_plan()
+            return distance.measure(plan, self._chosen.squares)
+
+    def state_dict(self, *, clone: bool = False) -> dict[str, Any]:
+        """The EMA's state by clean name, for `torch.save`.
+
+        It holds the update index, the schedule (None for a function that is not one of
+        `ema_triton.schedules`), the EMA model's weights, what an exact EMA keeps beside them
+        ("companions"), and from where stochastic rounding goes on ("rounding").
+
+        Args:
+            clone: Whether to copy the tensors. They are shared otherwise, as those of a module's
+                state dict: a thread that saves them while another one updates needs copies.
         """
         # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
         # from one among others by that name.
-        weights = self.ema_model.state_dict()
-        clean: Any = OrderedDict((clean_name(name), value) for name, value in weights.items())
-        # The modules' versions, which nn.Module.load_state_dict looks for.
-        metadata = getattr(weights, "_metadata", {})
-        clean._metadata = {clean_name(name): value for name, value in metadata.items()}
-        plan = self._plan or self._make_plan()
-        rounding = {"seed": plan.seed, "updates": plan.updates}
-        beside = {id(pair): companion for pair, _, companion in plan.companions.current()}
-        exact = plan.companions.names(clean)
-        return {
-            "version": saved.VERSION,
-            "weights": clean,
-            "precision": self.precision,
-            "companions": {
-                name: beside[id(pair)] for name, pair in exact.items() if id(pair) in beside
-            },
-            "rounding": rounding if self.precision == "stochastic" else None,
-        }
+        with self._lock, torch.no_grad():
+            plan = self._plan or self._make_plan()
+            weights = self.ema_model.state_dict()
+            if self._swap is None:
+                found: Mapping[str, Any] = weights
+                exact = plan.companions.current()
+            else:
+                found = self._swap.outside(weights)
+                exact = plan.companions.unwritten()
+            clean: Any = OrderedDict((clean_name(name), value) for name, value in found.items())
+            # The modules' versions, which nn.Module.load_state_dict looks for.
+            metadata = getattr(weights, "_metadata", {})
+            clean._metadata = {clean_name(name): value for name, value in metadata.items()}
+            names = {clean_name(name): value for name, value in weights.items()}
+            beside = {id(pair): companion for pair, _, companion in exact}
+            companions = {
+                name: beside[id(pair)]
+                for name, pair in plan.companions.names(names).items()
+                if id(pair) in beside
+            }
+            for tensors in (clean, companions) if clone else ():
+                for name, value in tensors.items():
+                    if isinstance(value, Tensor):
+                        tensors[name] = value.clone()
+            return {
+                "version": saved.VERSION,
+                "update_index": self.update_index,
+                "schedule": None if self._schedule is None else schedule_to_state(self._schedule),
+                "weights": clean,
+                "precision": self.precision,
+                "companions": companions,
+                "rounding": (
+                    {"seed": plan.seed, "updates": plan.updates}
+                    if self.precision == "stochastic"
+                    else None
+                ),
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, or a module's state dict, and go on from there.
 
         Values are converted to this EMA's dtypes and precision. A warning says what had to be
-        rounded, and what the state does not tell.
+        rounded, and what the state does not tell; and where its schedule replaces another one.
 
         Raises:
             ValueError: The state is not of this kind or version, or names or shapes do not fit.
-                Nothing has been loaded then.
+                Nothing has been loaded then, nor after any other error.
+            RuntimeError: The models' weights are swapped.
         """
-        found = saved.Saved.of(state)
-        plan, _ = self._current_plan()
-        own_state = self.ema_model.state_dict()
-        names = {clean_name(name): name for name in own_state}
-        own = dict(zip(names, own_state.values(), strict=True))
-        found.check_fit(own)
-        exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
-        weights, values, remarks = found.converted(own, exact)
-        loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
-        loaded._metadata = getattr(found.weights, "_metadata", None)
-        self.ema_model.load_state_dict(loaded)
-        seed, updates = plan.seed, plan.updates
-        if self.precision == "stochastic":
-            if found.precision == "stochastic":
-                seed, updates = found.seed, found.updates
-            elif found.precision is None:
-                remarks.append(
-                    "a module's state dict does not tell from where stochastic rounding goes on, "
-                    f"which keeps its seed {seed} and its count of {updates} updates"
-                )
-        self._memory = Memory(values, seed, updates)
-        self._make_plan()
-        if remarks:
-            warnings.warn(f"The state was loaded; but {'; '.join(remarks)}.", stacklevel=2)
+        for remark in self._load(state):
+            warnings.warn(remark, UserWarning, stacklevel=2)
+
+    def _load(self, state: Mapping[str, Any]) -> list[str]:
+        """Load it, and return what is to be warned of."""
+        with self._lock, torch.no_grad():
+            self._refuse_inside_swap("load_state_dict()")
+            found = saved.Saved.of(state)
+            plan, _ = self._current_plan()
+            own_state = self.ema_model.state_dict()
+            names = {clean_name(name): name for name in own_state}
+            own = dict(zip(names, own_state.values(), strict=True))
+            found.check_fit(own)
+            exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
+            weights, values, remarks = found.converted(own, exact)
+            loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
+            loaded._metadata = getattr(found.weights, "_metadata", None)
+            seed, updates = plan.seed, plan.updates
+            if self.precision == "stochastic":
+                if found.precision == "stochastic":
+                    seed, updates = found.seed, found.updates
+                elif found.precision is None:
+                    remarks.append(
+                        "a module's state dict does not tell from where stochastic rounding goes "
+                        f"on, which keeps its seed {seed} and its count of {updates} updates"
+                    )
+            self._load_weights_or_none(loaded, plan)
+            self._memory = Memory(values, seed, updates, plan.nonfinite_count())
+            self._make_plan()
+        said = [f"The state was loaded; but {'; '.join(remarks)}."] if remarks else []
+        if found.update_index is not None:
+            self.update_index = found.update_index
+            if found.schedule is not None:
+                if self._schedule not in (None, found.schedule):
+                    said.append(
+                        f"The checkpoint's schedule {found.schedule} replaces this handler's "
+                        f"{self._schedule}. To keep another one, assign handler.schedule after "
+                        "loading."
+                    )
+                self._schedule = found.schedule
+        return said
+
+    def _load_weights_or_none(self, weights: Mapping[str, Any], plan: Plan) -> None:
+        """Load them into the EMA model; if that fails half-way, put its values back.
+
+        What fits can still fail, in a module's own hooks or extra state.
+        """
+        tensors = [pair.ema for pair in plan.averaged] + plan.copies.ema
+        tensors += [t for p in plan.kept if (t := p.ema_slots[0].read()) is not None]
+        before = [tensor.to("cpu", copy=True) for tensor in tensors]
+        exact = [(pair, rest) for pair, _, rest in plan.companions.current()]
+        try:
+            self.ema_model.load_state_dict(weights)
+        except BaseException:
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            values = {pair.name: join(as_real(pair.ema), rest) for pair, rest in exact}
+            self._memory = Memory(values, plan.seed, plan.updates, plan.nonfinite_count())
+            self._make_plan()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""
-        memory = self._memory if self._plan is None else self._plan.memory()
-        return {
-            **self.__dict__,
-            "_plan": None,
-            "_backend": None,
-            "_captured": [],
-            "_memory": memory,
-        }
+        with self._lock:
+            self._refuse_inside_swap("copying or pickling the EMA")
+            memory = self._memory if self._plan is None else self._plan.memory()
+            state = {
+                **self.__dict__,
+                "_plan": None,
+                "_backend": None,
+                "_captured": [],
+                "_memory": memory,
+                "_alarm": Alarm(0 if memory is None else memory.nonfinite),
+                "_following": None,
+            }
+            del state["_lock"]
+            return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def _swap_in(self) -> nn.Module:
+        with self._lock, torch.no_grad():
+            self._refuse_inside_swap("swapped()")
+            plan, _ = self._current_plan()
+            swap = Swap(self.model, plan, self._chosen.exchange)
+            swap.enter()
+            self._swap = swap
+            return self.model
+
+    def _swap_out(self) -> None:
+        with self._lock:
+            swap, self._swap = self._swap, None
+            if swap is not None:
+                swap.leave()
+
+    def _refuse_inside_swap(self, what: str) -> None:
+        if self._swap is not None:
+            raise RuntimeError(
+                f"{what} while the models' weights are swapped: the online model holds the EMA's. "
+                "Leave the context of swapped() (or end the evaluation that attach_swap() belongs "
+                "to) first. Nothing was changed."
+            )
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # Where GradScaler leaves it to the optimizer to skip the step, this says whether it did.
+        overflowed = getattr(optimizer, "found_inf", None)
+        if overflowed is not None and bool(overflowed):
+            return
+        assert self._schedule is not None
+        self.update(momentum_from(self._schedule, self.update_index + 1))
+
+    def _raise_if_nonfinite(self, plan: Plan) -> None:
+        if count := self._alarm.take():
+            raise complaint(plan, count, self.update_index)
 
     @property
     def _chosen(self) -> Backend:
@@ -289,6 +560,8 @@ class ModelEMA:
                 self.handle_buffers,
                 ema_dtype=ema_dtype,
                 precision=self.precision,
+                groups=self._groups,
+                guarded=self.nonfinite != "propagate",
                 previous=self._plan,
                 memory=self._memory,
             )
@@ -319,112 +592,13 @@ class ModelEMA:
                 and bucket.key.ema_dtype in COMPANION_DTYPE
             ):
                 resolution = torch.finfo(bucket.key.ema_dtype).eps
-                if 0 < momentum < resolution:
+                share = bucket.share(momentum)
+                if bucket.key.scale is not None and 0 < share < resolution:
                     self._warned = True
                     warnings.warn(
-                        f"momentum {momentum:g} is below the resolution of {bucket.key.ema_dtype} "
+                        f"momentum {share:g} is below the resolution of {bucket.key.ema_dtype} "
                         f"({resolution:g}): most updates of the EMA round away, and it stands "
                         "still. precision='exact', the default, keeps what precision='nearest' "
                         "rounds away.",
                         stacklevel=5,  # past the two frames of _disable_dynamo
                     )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Take off DistributedDataParallel and torch.compile wrappers, however nested."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy with torch.compile wrappers taken off, inside too, so that names are clean."""
-    memo: dict[int, Any] = {}
-    try:
-        for module in reversed([*model.modules()]):  # inner ones first
-            if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
-                memo[id(module)] = copy.deepcopy(compiled, memo)
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise RuntimeError(
-            f"The model cannot be copied to make an EMA model ({error}). Often a tensor that was "
-            "computed, and not a parameter, is an attribute of a module (after a forward pass, by "
-            "pruning, by the old weight_norm): build the EMA before, or give ModelEMA an "
-            "ema_model, another instance of the model."
-        ) from error
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            "model should be an instance of nn.Module or its subclasses, but got "
-            f"{type(model).__name__}. Pass the model whose weights are to be averaged."
-        )
-    # Whoever has such a model has imported this.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for name, module in model.named_modules():
-        which = f"module {name!r}" if name else "the model"
-        if fsdp and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
-            raise NotImplementedError(
-                f"{which} is sharded by FSDP, and averaging shards is not supported yet. Use "
-                "DistributedDataParallel, or build the EMA of the unsharded model."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise NotImplementedError(
-                f"{which} is a TorchScript module, which keeps its tensors out of Python's reach. "
-                "Build the EMA of the Python module, and script its ema_model if need be."
-            )
-
-
-def _check_choices(
-    handle_buffers: object, ema_dtype: object, precision: object, seed: object
-) -> None:
-    if handle_buffers not in HANDLE_BUFFERS:
-        raise ValueError(
-            "handle_buffers can only be one of 'copy', 'update', 'ema_train', but got "
-            f"{handle_buffers!r}. 'copy' copies the online buffers, 'update' averages them, "
-            "'ema_train' leaves them to the EMA model in train mode."
-        )
-    if ema_dtype is not None and ema_dtype not in EMA_DTYPES:
-        raise ValueError(
-            f"ema_dtype must be None or one of {', '.join(map(str, EMA_DTYPES))}, but got "
-            f"{ema_dtype!r}. It is the dtype of the EMA model's floating tensors."
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, but got {precision!r}. "
-            "It says how a bf16 or fp16 EMA takes steps smaller than its dtype's: 'exact' keeps "
-            "the rest beside the weights, 'stochastic' rounds by chance, 'nearest' drops it."
-        )
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(
-            f"seed must be an int from 0 to 2**63 - 1, but got {seed!r}. Stochastic rounding draws "
-            "its random numbers from it."
-        )
-
-
-def _check_momentum(momentum: object) -> float | Tensor:
-    if isinstance(momentum, Tensor):
-        if momentum.dim() != 0 or not momentum.is_floating_point():
-            raise ValueError(
-                f"Invalid momentum: a {momentum.dtype} tensor of shape {tuple(momentum.shape)}. "
-                "It weighs all tensors alike: give a float, or a 0-d floating tensor."
-            )
-        if momentum.device.type != "cpu":
-            return momentum
-    elif not isinstance(momentum, numbers.Real) or isinstance(momentum, bool):
-        raise TypeError(
-            f"Invalid momentum: {momentum!r}. It is the weight of the online weights: give a float "
-            "in [0, 1], or a 0-d floating tensor."
-        )
-    value = float(momentum)
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"Invalid momentum: {value}. It is the weight of the online weights (1 - decay), and "
-            "outside [0, 1] the EMA diverges. Give a value in [0, 1]."
-        )
-    return value

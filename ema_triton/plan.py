@@ -7,20 +7,19 @@ either model moves; its `Watch` notices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, repeat, starmap
-from operator import attrgetter, getitem, is_, methodcaller, sub
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ema_triton.companions import Companions, lies_at
+from ema_triton.groups import Groups
 from ema_triton.pairs import (
     REAL_DTYPE,
     Pair,
-    Slot,
     Slots,
     check_averaged,
     has_fractions,
@@ -29,6 +28,7 @@ from ema_triton.pairs import (
     tie,
 )
 from ema_triton.precision import COMPANION_DTYPE, as_real, join, shown, split
+from ema_triton.watch import Copies, Watch
 
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
@@ -50,6 +50,7 @@ class Key(NamedTuple):
     is_complex: bool
     dense: bool
     precision: str  # "nearest" for wider dtypes than bf16 and fp16
+    scale: float | None  # the momentum's factor; None: copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,8 @@ class Bucket:
     one-dimensional where dense, else in the online tensor's shape. A source shares its online
     tensor's storage and so keeps it alive: nothing else can appear at that address. `companion`
     lies as `flat` does, where the precision is exact. `draws`, where it is stochastic, is int64
-    [2]: the bucket's seed, and the number of updates made.
+    [2]: the bucket's seed, and the number of updates made. `counters`, where non-finite values are
+    not let in, is int64, one per chunk: how many there were in it.
     """
 
     key: Key
@@ -68,14 +70,31 @@ class Bucket:
     flat: Tensor
     companion: Tensor | None
     draws: Tensor | None
+    counters: Tensor | None
     offsets: list[int]
     targets: list[Tensor]
     sources: list[Tensor]
+
+    def share(self, momentum: float | Tensor) -> float | Tensor:
+        """The momentum of this bucket's tensors."""
+        scale = self.key.scale
+        if scale is None or scale == 1:
+            return momentum
+        if isinstance(momentum, Tensor):
+            return (momentum * scale).clamp(max=1)
+        return min(momentum * scale, 1.0)
 
     def count_update(self) -> None:
         """To be called before each update, which rounds by this number where that is by chance."""
         if self.draws is not None:
             self.draws[1:].add_(1)
+
+    @property
+    def chunks(self) -> Tensor:
+        """How many chunks each tensor has, int64 on the CPU."""
+        return torch.tensor(
+            [-(-source.numel() // CHUNK) for source in self.sources], device=torch.device("cpu")
+        )
 
     @cached_property
     def chunk_table(self) -> Tensor:
@@ -87,7 +106,7 @@ class Bucket:
         cpu = torch.device("cpu")  # whatever the default device is
         lengths = torch.tensor([source.numel() for source in self.sources], device=cpu)
         addresses = torch.tensor([source.data_ptr() for source in self.sources], device=cpu)
-        chunks = (lengths + CHUNK - 1) // CHUNK
+        chunks = self.chunks
         tensor = torch.repeat_interleave(chunks)
         start = (
             torch.arange(len(tensor), device=cpu) - (chunks.cumsum(0) - chunks)[tensor]
@@ -97,214 +116,6 @@ class Bucket:
         offset = torch.tensor(self.offsets, device=cpu)[tensor] + start
         aligned = (address % ALIGNMENT == 0) & (length % 8 == 0)
         return torch.stack([address, offset, length * 2 + aligned], dim=1).to(self.key.device)
-
-
-@dataclass(frozen=True, eq=False)
-class Watch:
-    """Notices that an averaged tensor or a module was replaced, moved, cast, reshaped or added.
-
-    It looks before every update, so it is made of passes that stay in C. Addresses tell, because
-    the plan keeps every storage alive; sizes, strides and conjugation are for a view put in its
-    tensor's place, which may have the tensor's address; EMA tensors are written, and so have to be
-    the very ones. What is not looked at, for 0.1 ms per 1000 tensors: the strides of vectors, and
-    strides of EMA tensors that stay at their address.
-    """
-
-    owners: list[dict[str, Any]]
-    keys: list[str]
-    addresses: list[int]
-    sizes: list[int]
-    strides: list[tuple[int, ...]]
-    ema: list[Tensor]
-    complex: list[Slot]
-    containers: list[dict[str, Any]]
-    children: list[Any]
-    empty: list[dict[str, Any]]
-    vacant: list[tuple[dict[str, Any], str]]
-    counted: list[dict[str, Any]]
-    counts: list[int]
-
-    @classmethod
-    def over(cls, model: nn.Module, ema_model: nn.Module, pairs: list[Pair]) -> Watch:
-        """Remember the models and the pairs' tensors as they are now."""
-        modules = [*model.modules()]
-        containers = [module._modules for module in [*modules, *ema_model.modules()]]
-        owners = [owner for m in modules for owner in (m._parameters, m._buffers)]
-        counted = [owner for owner in owners if owner]
-        # The online tensors first, those with strides to compare leading: a dense vector has one
-        # stride only, and most tensors are vectors.
-        matrices = [pair for pair in pairs if pair.online.dim() > 1]
-        vectors = [pair for pair in pairs if pair.online.dim() <= 1]
-        strided = [slot for pair in matrices for slot in pair.online_slots]
-        online = strided + [slot for pair in vectors for slot in pair.online_slots]
-        slots = online + [slot for pair in pairs for slot in pair.ema_slots]
-        tensors: list[Any] = [slot.read() for slot in slots]
-        return cls(
-            owners=[slot.owner for slot in slots],
-            keys=[slot.key for slot in slots],
-            addresses=[*map(Tensor.data_ptr, tensors)],
-            sizes=[*map(Tensor.numel, tensors[: len(online)])],
-            strides=[*map(Tensor.stride, tensors[: len(strided)])],
-            ema=tensors[len(online) :],
-            complex=[
-                slot for slot, tensor in zip(slots, tensors, strict=True) if tensor.is_complex()
-            ],
-            containers=[owner for owner in containers if owner],
-            children=_contents([owner for owner in containers if owner]),
-            empty=[
-                *(owner for owner in owners if not owner),
-                *(module._modules for module in modules if not module._modules),
-            ],
-            vacant=[(owner, key) for owner in counted for key in owner if owner[key] is None],
-            counted=counted,
-            counts=[*map(len, counted)],
-        )
-
-    def is_stale(self) -> bool:
-        """Whether anything differs from what was remembered."""
-        try:
-            tensors = [*map(getitem, self.owners, self.keys)]
-            return (
-                [*map(Tensor.data_ptr, tensors)] != self.addresses
-                or [*map(Tensor.numel, tensors[: len(self.sizes)])] != self.sizes
-                or [*map(Tensor.stride, tensors[: len(self.strides)])] != self.strides
-                or not all(map(is_, tensors[len(self.sizes) :], self.ema))
-                or any(map(_is_conj, starmap(getitem, self.complex)))
-                or _contents(self.containers) != self.children
-                or any(self.empty)
-                or not all(map(is_, starmap(getitem, self.vacant), repeat(None)))
-                or [*map(len, self.counted)] != self.counts
-            )
-        except (KeyError, TypeError, RuntimeError):  # vanished, None, or without an address
-            return True
-
-
-_values: Callable[[dict[str, Any]], Iterable[Any]] = methodcaller("values")
-_is_conj: Callable[[Any], bool] = Tensor.is_conj
-
-
-def _contents(owners: list[dict[str, Any]]) -> list[Any]:
-    return [*chain.from_iterable(map(_values, owners))]
-
-
-@dataclass(frozen=True, eq=False)
-class Copies:
-    """The tensors that are copied at every update, each into an EMA tensor of its own.
-
-    Modules assign buffers anew as a matter of course (`self.count = self.count + 1`), so the online
-    ones are read from their slots every time.
-    """
-
-    owners: list[dict[str, Any]]
-    keys: list[str]
-    sizes: list[torch.Size]
-    kinds: list[tuple[Any, ...]]
-    ema_owners: list[dict[str, Any]]
-    ema_keys: list[str]
-    ema: list[Tensor]
-
-    @classmethod
-    def of(cls, pairs: list[Pair]) -> Copies:
-        """The copies of these pairs, with one slot each."""
-        return cls(
-            owners=[pair.online_slots[0].owner for pair in pairs],
-            keys=[pair.online_slots[0].key for pair in pairs],
-            sizes=[pair.online.size() for pair in pairs],
-            kinds=[_kind(pair.online) for pair in pairs],
-            ema_owners=[pair.ema_slots[0].owner for pair in pairs],
-            ema_keys=[pair.ema_slots[0].key for pair in pairs],
-            ema=[pair.ema for pair in pairs],
-        )
-
-    def read(self) -> list[Tensor] | None:
-        """The online tensors as they are now; None if anything does not fit the plan any more."""
-        try:
-            online = [*map(getitem, self.owners, self.keys)]
-            if (
-                [*map(Tensor.size, online)] == self.sizes
-                and [*map(_kind, online)] == self.kinds
-                and all(map(is_, map(getitem, self.ema_owners, self.ema_keys), self.ema))
-            ):
-                return online
-        except (AttributeError, KeyError, TypeError):  # vanished, or None
-            pass
-        return None
-
-
-_kind = attrgetter("dtype", "device", "layout")
-
-
-@dataclass(eq=False)
-class Companions:
-    """The exact EMA tensors, and what each has beside it; stale where somebody else wrote it.
-
-    A write shows in the tensor's version. (One through `.data` does not: then the EMA goes on from
-    a value that rounds to what was written.)
-    """
-
-    pairs: list[Pair]
-    weights: list[Tensor]  # in the buckets, with the EMA tensors' shapes and strides
-    companions: list[Tensor]  # likewise
-    tensors: list[Tensor]  # the EMA tensors, whose versions are compared
-    versions: list[int]
-    steps: list[int]  # by which a write of ours raises the version: 2 where two tensors share one
-    writes: int = 0  # ours since then
-
-    @classmethod
-    def of(cls, beside: list[tuple[Pair, Tensor, Tensor]], ema_tensors: list[Tensor]) -> Companions:
-        """Pairs, weights and companions, as they are now; `ema_tensors` are written together."""
-        tensors = [pair.ema for pair, _, _ in beside]
-        before = [*map(_version, tensors)]
-        torch.autograd.graph.increment_version(ema_tensors)
-        versions = [*map(_version, tensors)]
-        return cls(
-            pairs=[pair for pair, _, _ in beside],
-            weights=[weight for _, weight, _ in beside],
-            companions=[companion for _, _, companion in beside],
-            tensors=tensors,
-            versions=versions,
-            steps=[*map(sub, versions, before)],
-        )
-
-    def names(self, state: Mapping[str, Any]) -> dict[str, Pair]:
-        """Which of a module's state, by clean name, are exact, whatever it calls them."""
-        by_address = {
-            weight.data_ptr(): pair for pair, weight in zip(self.pairs, self.weights, strict=True)
-        }
-        by_name = {name: pair for pair in self.pairs for name in pair.names}
-        found = {}
-        for name, value in state.items():
-            # A hook may have copied the tensor, or changed the name.
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                pair = by_address.get(value.data_ptr()) or by_name.get(name)
-                if pair is not None and value.shape == pair.ema.shape:
-                    found[name] = pair
-        return found
-
-    def are_stale(self) -> bool:
-        """Whether somebody else wrote one; versions only grow, so their sum tells."""
-        expected = sum(self.versions) + self.writes * sum(self.steps)
-        return bool(sum(map(_version, self.tensors)) != expected)
-
-    def unwritten(self) -> Iterator[tuple[Pair, Tensor, Tensor]]:
-        """Pair, weight and companion of those that nobody else wrote."""
-        for index, (version, step) in enumerate(zip(self.versions, self.steps, strict=True)):
-            if self.tensors[index]._version == version + self.writes * step:
-                yield self.pairs[index], self.weights[index], self.companions[index]
-
-    def current(self) -> Iterator[tuple[Pair, Tensor, Tensor]]:
-        """Those that are still in their place, too."""
-        for pair, weight, companion in self.unwritten():
-            now = pair.ema_slots[0].read()
-            if isinstance(now, Tensor) and _lies_at(as_real(now), weight):
-                yield pair, weight, companion
-
-
-_version = attrgetter("_version")
-
-
-def _lies_at(tensor: Tensor, other: Tensor) -> bool:
-    return (tensor.data_ptr(), tensor.stride()) == (other.data_ptr(), other.stride())
 
 
 class Memory(NamedTuple):
@@ -317,22 +128,26 @@ class Memory(NamedTuple):
     values: Mapping[str, Tensor]
     seed: int
     updates: int
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Everything an update does: average the buckets, make the copies.
 
-    `kept` pairs are buffers that only `sync` copies.
+    `kept` pairs are buffers that only `sync` copies. `nonfinite` are the non-finite values that
+    were counted before this plan.
     """
 
     buckets: list[Bucket]
     copies: Copies
     kept: list[Pair]
+    averaged: list[Pair]
     ema_tensors: list[Tensor]
     companions: Companions
     seed: int
     drawn: Tensor | int
+    nonfinite: int
     watch: Watch
 
     def is_stale(self) -> bool:
@@ -353,7 +168,15 @@ class Plan:
         """What another plan for the same weights needs to go on from there."""
         exact = self.companions.current()
         values = {pair.name: join(weight, companion) for pair, weight, companion in exact}
-        return Memory(values, self.seed, self.updates)
+        return Memory(values, self.seed, self.updates, self.nonfinite_count())
+
+    def counts(self) -> list[Tensor]:
+        """How many non-finite values each bucket was spared, on its device."""
+        return [bucket.counters.sum() for bucket in self.buckets if bucket.counters is not None]
+
+    def nonfinite_count(self) -> int:
+        """How many non-finite values the EMA was spared in all; waits for the device."""
+        return self.nonfinite + sum(map(int, self.counts()))
 
     @cached_property
     def on_cuda(self) -> bool:
@@ -368,6 +191,8 @@ def make_plan(
     *,
     ema_dtype: torch.dtype | None = None,
     precision: str = "nearest",
+    groups: Groups = Groups(),  # noqa: B008
+    guarded: bool = False,
     previous: Plan | None = None,
     memory: Memory | None = None,
 ) -> Plan:
@@ -383,6 +208,8 @@ def make_plan(
         handle_buffers: "copy", "update" or "ema_train".
         ema_dtype: Cast the EMA's real floating tensors to it; None leaves their dtypes.
         precision: How bf16 and fp16 EMA tensors are averaged: "exact", "stochastic" or "nearest".
+        groups: Which tensors are averaged with which share of the momentum; others are copied.
+        guarded: Whether the EMA is spared non-finite values, which are counted.
         previous: The plan that went stale, which knows more than the weights.
         memory: The same from elsewhere.
 
@@ -413,11 +240,12 @@ def make_plan(
     for pair in averaged:
         check_averaged(pair)
 
-    groups: dict[Key, list[Pair]] = {}
+    by_key: dict[Key, list[Pair]] = {}
     # Small tensors first and side by side: the reference path gathers them.
     for pair in sorted(averaged, key=lambda pair: pair.online.numel()):
         if pair.online.numel():
-            groups.setdefault(_key(pair, ema_dtype, precision), []).append(pair)
+            key = _key(pair, ema_dtype, precision, groups.scale(pair.names))
+            by_key.setdefault(key, []).append(pair)
     past = _Past.of(previous, memory)
     kept = buffers if handle_buffers == "ema_train" else []
     # EMA tensors, and what their data becomes. Those in buckets keep all their digits until they
@@ -430,8 +258,8 @@ def make_plan(
             moves.append((pair.ema, moved))
     beside: list[tuple[Pair, Tensor, Tensor]] = []
     buckets = [
-        _lay_flat(key, pairs, number, past, moves, beside)
-        for number, (key, pairs) in enumerate(groups.items())
+        _lay_flat(key, pairs, number, guarded, past, moves, beside)
+        for number, (key, pairs) in enumerate(by_key.items())
     ]
     # From here on tensors change, and nothing fails.
     for tensor, data in moves:
@@ -445,23 +273,25 @@ def make_plan(
         buckets=buckets,
         copies=Copies.of(copied),
         kept=kept,
+        averaged=averaged,
         ema_tensors=ema_tensors,
         companions=Companions.of(beside, ema_tensors),
         seed=past.seed,
         drawn=draws[0] if draws else past.drawn,
+        nonfinite=past.nonfinite,
         watch=Watch.over(model, ema_model, averaged),
     )
 
 
-def _key(pair: Pair, ema_dtype: torch.dtype | None, precision: str) -> Key:
+def _key(pair: Pair, ema_dtype: torch.dtype | None, precision: str, scale: float | None) -> Key:
     is_complex = pair.ema.is_complex()
     if ema_dtype is None or is_complex:
         ema_dtype = REAL_DTYPE[pair.ema.dtype]
     online_dtype = REAL_DTYPE[pair.online.dtype]
     dense = torch.ops.aten.is_non_overlapping_and_dense(pair.online)
-    if ema_dtype not in COMPANION_DTYPE:
+    if ema_dtype not in COMPANION_DTYPE or scale is None:
         precision = "nearest"
-    return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense, precision)
+    return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense, precision, scale)
 
 
 class _Past(NamedTuple):
@@ -472,6 +302,7 @@ class _Past(NamedTuple):
     values: Mapping[str, Tensor]
     seed: int
     drawn: Tensor | int  # how many updates were rounded stochastically
+    nonfinite: int
 
     @classmethod
     def of(cls, previous: Plan | None, memory: Memory | None) -> _Past:
@@ -482,7 +313,8 @@ class _Past(NamedTuple):
             for pair, weight, companion in previous.companions.unwritten()
             for slot in pair.ema_slots
         }
-        return cls(previous.buckets, exact, {}, previous.seed, previous.drawn)
+        counted = previous.nonfinite_count()
+        return cls(previous.buckets, exact, {}, previous.seed, previous.drawn, counted)
 
     def value(self, pair: Pair) -> Tensor:
         """The fp32 value of an exact EMA tensor: its weight, or what is known to show as that."""
@@ -502,6 +334,7 @@ def _lay_flat(
     key: Key,
     pairs: list[Pair],
     number: int,
+    guarded: bool,
     past: _Past,
     moves: list[tuple[Tensor, Tensor]],
     beside: list[tuple[Pair, Tensor, Tensor]],
@@ -534,7 +367,7 @@ def _lay_flat(
             (bucket.key.ema_dtype, bucket.key.device) == (key.ema_dtype, key.device)
             and bucket.flat.numel() == total
             and bucket.flat.data_ptr() == pairs[0].ema.data_ptr()
-            and all(map(_lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
+            and all(map(lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
         ):
             kept = bucket
     flat = kept.flat if kept else torch.zeros(total, dtype=key.ema_dtype, device=key.device)
@@ -563,7 +396,11 @@ def _lay_flat(
         sources = [source.as_strided((source.numel(),), (1,)) for source in sources]
         targets = [flat[o : o + s.numel()] for o, s in zip(offsets, sources, strict=True)]
     names = [pair.name for pair in pairs]
-    return Bucket(key, names, flat, companion, draws, offsets, targets, sources)
+    counters = None
+    if guarded and key.scale is not None:
+        chunks = sum(-(-source.numel() // CHUNK) for source in sources)
+        counters = torch.zeros(chunks, dtype=torch.int64, device=key.device)
+    return Bucket(key, names, flat, companion, draws, counters, offsets, targets, sources)
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -112,6 +112,17 @@ def narrow_stochastic(value: Tensor, noise: Tensor, weight: Tensor, scratch: Scr
     weight.copy_(spare)
 
 
+def overflow(dtype: torch.dtype, precision: str) -> float:
+    """The least magnitude that is stored as Inf in this dtype, or by chance might be."""
+    if dtype not in COMPANION_DTYPE:
+        return float("inf")
+    info = torch.finfo(dtype)
+    power = info.max / (2 - info.eps)  # the largest power of two
+    return info.max + power * (
+        torch.finfo(torch.float32).eps if precision == "stochastic" else info.eps / 2
+    )
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """The tensor, or if it is complex a view of it as pairs of reals; without autograd."""
     tensor = tensor.detach()

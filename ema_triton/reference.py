@@ -1,4 +1,4 @@
-"""The update through `torch._foreach_lerp_`: what runs without Triton, and the kernel's oracle.
+"""The update through `torch._foreach_lerp_`: what runs without Triton, and the kernels' oracle.
 
 Tensors of one dtype are averaged where they lie. Where values have to be converted, they are in a
 bounded scratch, never in a temporary as large as the model. Nothing waits for the device.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ema_triton.noise import Noise
-from ema_triton.plan import ALIGNMENT, Bucket, Plan
-from ema_triton.precision import Scratch, join, narrow_stochastic, split
+from ema_triton.plan import ALIGNMENT, CHUNK, Bucket, Plan
+from ema_triton.precision import Scratch, join, narrow_stochastic, overflow, split
 
 # Elements in the scratch: 4 MiB of fp32 for each side that needs widening. For 25 M bf16 into fp32
 # on a CPU: 5.5 ms; with a quarter of it 8.1 ms, with four times 5.9 ms.
@@ -41,11 +41,19 @@ def update(plan: Plan, momentum: float | Tensor) -> None:
 
 
 def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
-    """ema = lerp(ema, online, momentum) for every tensor of the bucket."""
+    """ema = lerp(ema, online, momentum) for every tensor of the bucket, or ema = online."""
     key, compute = bucket.key, _compute_dtype(bucket)
-    one_dtype = key.ema_dtype == key.online_dtype and key.precision == "nearest"
+    if key.scale is None:
+        copy_bucket(bucket)
+        return
+    momentum = bucket.share(momentum)
+    in_place = key.ema_dtype == key.online_dtype and key.precision == "nearest"
     # A tensor weight must have the operands' dtype, and in bf16 it would keep two digits only.
-    if one_dtype and (isinstance(momentum, float) or key.ema_dtype == compute):
+    if (
+        in_place
+        and bucket.counters is None
+        and (isinstance(momentum, float) or key.ema_dtype == compute)
+    ):
         direct = _direct.get(bucket) or _direct.setdefault(bucket, _lay_direct(bucket))
         for parts, gathered in direct.gathers:
             torch.cat(parts, out=gathered)
@@ -59,8 +67,15 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
     bucket.count_update()
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
     for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
-        torch._foreach_copy_(step.places, step.parts)
-        step.load().lerp_(step.online, weight)
+        if step.old is None:
+            torch._foreach_copy_(step.places, step.parts)
+            step.load().lerp_(step.online, weight)
+        else:
+            step.online.zero_()  # between the tensors too, where nothing is to be counted
+            torch._foreach_copy_(step.places, step.parts)
+            step.old.copy_(step.load())
+            step.ema.lerp_(step.online, weight)
+            step.spare()
         step.store()
 
 
@@ -73,6 +88,33 @@ def copy_bucket(bucket: Bucket) -> None:
         torch._foreach_copy_(step.places, step.parts)
         step.ema.copy_(step.online)
         step.store()
+
+
+def exchange(bucket: Bucket) -> None:
+    """Swap the values of the bucket's EMA tensors and of their online tensors, of one dtype."""
+    scratch = bucket.flat.new_empty(min(CHUNK, bucket.flat.numel()))
+    for ema, online in zip(bucket.targets, bucket.sources, strict=True):
+        for begin in range(0, ema.numel(), CHUNK):
+            mine, theirs = ema[begin : begin + CHUNK], online[begin : begin + CHUNK]
+            aside = scratch[: len(mine)].copy_(mine)
+            mine.copy_(theirs)
+            theirs.copy_(aside)
+
+
+def squares(bucket: Bucket) -> Tensor:
+    """The sums of (ema - online)**2 and of online**2 of each tensor, fp64 [tensors, 2]."""
+    sums = []
+    for offset, source in zip(bucket.offsets, bucket.sources, strict=True):
+        total = torch.zeros(2, dtype=torch.float64, device=bucket.key.device)
+        for begin, part in _halved(offset, source):
+            value = bucket.flat[begin : begin + part.numel()]
+            if bucket.companion is not None:
+                value = join(value, bucket.companion[begin : begin + part.numel()])
+            online = part.double()
+            apart = value.double().view(online.shape) - online
+            total += torch.stack([apart.square().sum(), online.square().sum()])
+        sums.append(total)
+    return torch.stack(sums)
 
 
 class _Direct(NamedTuple):
@@ -100,6 +142,23 @@ class _Step(NamedTuple):
     draws: Tensor | None
     scratch: Scratch | None  # for a precision other than "nearest"
     noise: Noise | None
+    # Where the EMA is spared non-finite values: what it was, and how many it was spared.
+    old: Tensor | None
+    finite: Tensor
+    counters: Tensor | None
+    overflow: float
+
+    def spare(self) -> None:
+        """Put the old values back where the new ones are not finite, and count those."""
+        assert self.old is not None
+        assert self.counters is not None
+        # The online values have served: their place takes the magnitudes.
+        size = torch.abs(self.ema, out=self.online)
+        if self.weight.dtype != torch.float64:
+            size = size.float()  # no copy, but for what fp64 holds and the EMA does not
+        torch.lt(size, self.overflow, out=self.finite)
+        torch.where(self.finite, self.ema, self.old, out=self.ema)
+        self.counters[0].add_(self.finite.numel() - self.finite.sum())
 
     def load(self) -> Tensor:
         """Fill `ema` from the bucket."""
@@ -174,10 +233,14 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
     online = bucket.flat.new_zeros(size, dtype=compute)
     scratch = Scratch.like(bucket.flat[:size]) if key.precision != "nearest" else None
     noise = Noise(size, key.device) if key.precision == "stochastic" else None
+    guarded = bucket.counters is not None
     if scratch is not None and compute == torch.float32:
         ema = scratch.value
     else:
-        ema = bucket.flat.new_zeros(size if key.ema_dtype != compute else 0, dtype=compute)
+        aside = guarded or key.ema_dtype != compute
+        ema = bucket.flat.new_zeros(size if aside else 0, dtype=compute)
+    old = bucket.flat.new_zeros(size, dtype=compute) if guarded else None
+    finite = bucket.flat.new_zeros(size if guarded else 0, dtype=torch.bool)
 
     steps = []
     for stretch in _stretches(bucket):
@@ -195,6 +258,10 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
             draws=bucket.draws,
             scratch=None if scratch is None else scratch.first(end - begin),
             noise=noise,
+            old=None if old is None else old[: end - begin],
+            finite=finite[: end - begin],
+            counters=bucket.counters,
+            overflow=overflow(key.ema_dtype, key.precision),
         )
         steps.append(step)
     return steps

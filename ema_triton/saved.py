@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ema_triton.pairs import REAL_DTYPE, clean_name, listed
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
+from ema_triton.schedules import Schedule, schedule_from_state
 
 # The format of ModelEMA.state_dict().
 VERSION = 1
@@ -24,6 +25,8 @@ class Saved(NamedTuple):
     precision: str | None  # None: a module's state dict does not tell
     seed: int
     updates: int  # that were rounded stochastically
+    update_index: int | None  # None: not told
+    schedule: Schedule | None
 
     @classmethod
     def of(cls, state: object) -> Saved:
@@ -46,7 +49,7 @@ class Saved(NamedTuple):
                 )
             weights: Any = OrderedDict((clean_name(name), value) for name, value in state.items())
             weights._metadata = getattr(state, "_metadata", None)
-            return cls(weights, {}, None, 0, 0)
+            return cls(weights, {}, None, 0, 0, None, None)
         if state.get("version") != VERSION:
             raise ValueError(
                 f"The state has version {state.get('version')!r}, but this release of ema_triton "
@@ -72,7 +75,21 @@ class Saved(NamedTuple):
                     f"The state's rounding should be a seed and a number of updates, but is "
                     f"{rounding!r}. The checkpoint is damaged."
                 )
-        return cls(state["weights"], companions, precision, seed=counts[0], updates=counts[1])
+        update_index, schedule = state.get("update_index"), state.get("schedule")
+        if type(update_index) is not int or update_index < 0:
+            raise ValueError(
+                f"The state's update_index must be the number of updates made, but is "
+                f"{update_index!r}. The checkpoint is damaged."
+            )
+        return cls(
+            state["weights"],
+            companions,
+            precision,
+            seed=counts[0],
+            updates=counts[1],
+            update_index=update_index,
+            schedule=None if schedule is None else schedule_from_state(schedule),
+        )
 
     def check_fit(self, own: Mapping[str, Any]) -> None:
         """Compare with the EMA model's own state, by clean name.

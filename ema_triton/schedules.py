@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 Schedule = Callable[[int], float]
@@ -282,6 +282,72 @@ class HalfLife:
         return -math.expm1(-math.log(2) * self.every / self.half_life)
 
 
+@dataclass(frozen=True)
+class Delayed:
+    r"""Copy the online weights for a while, and only then begin with a schedule.
+
+    .. math:: \lambda_t = 1 \text{ for } t \le n,\ \lambda'_{t - n} \text{ after}
+
+    Source: `update_after_step` of ema-pytorch's `EMA` and of diffusers' `EMAModel`.
+
+    Args:
+        schedule: :math:`\lambda'`, which then counts from 1.
+        updates: :math:`n`, at least 1.
+
+    Raises:
+        ValueError: `updates` is below 1.
+        TypeError: `schedule` is not a function, or `updates` not an integer.
+
+    Example:
+        >>> schedule = Delayed(Constant(0.25), updates=2)
+        >>> [schedule(t) for t in (1, 2, 3)]
+        [1.0, 1.0, 0.25]
+    """
+
+    schedule: Schedule
+    updates: int
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule) or isinstance(self.schedule, Delayed):
+            raise TypeError(
+                f"Invalid schedule: {self.schedule!r}. It gives the momentum after the delay: give "
+                "another one of these schedules, or a function of your own."
+            )
+        _check_count(self, "updates")
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        _check_index(update_index)
+        return 1.0 if update_index <= self.updates else self.schedule(update_index - self.updates)
+
+
+def momentum_from(schedule: Schedule, update_index: int) -> float:
+    """The schedule's momentum for this update.
+
+    Raises:
+        ValueError: It is none: not a number in [0, 1].
+    """
+    momentum: Any = schedule(update_index)
+    number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
+    if not number or not 0 <= momentum <= 1:
+        raise ValueError(
+            f"Invalid momentum: {momentum!r}, from the schedule at update {update_index}. A "
+            "schedule gives the weight of the online weights (1 - decay), in [0, 1]."
+        )
+    return float(momentum)
+
+
+def check_schedule(schedule: object) -> None:
+    """Raise unless it is a function that gives a momentum for the first update."""
+    if not callable(schedule):
+        raise TypeError(
+            f"schedule must be a function from the update index to the momentum, but got "
+            f"{schedule!r}. Give one of ema_triton.schedules, e.g. HalfLife(1000), or a "
+            "function of your own."
+        )
+    momentum_from(schedule, 1)
+
+
 _SCHEDULES = {
     schedule.__name__: schedule
     for schedule in (
@@ -292,6 +358,7 @@ _SCHEDULES = {
         ExponentialRamp,
         CosineRamp,
         HalfLife,
+        Delayed,
     )
 }
 
@@ -306,7 +373,12 @@ def schedule_to_state(schedule: Schedule) -> dict[str, Any] | None:
     name = type(schedule).__name__
     if type(schedule) is not _SCHEDULES.get(name):
         return None
-    return {"name": name, **asdict(schedule)}
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    if isinstance(schedule, Delayed):
+        values["schedule"] = schedule_to_state(schedule.schedule)
+        if values["schedule"] is None:
+            return None
+    return {"name": name, **values}
 
 
 def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
@@ -320,9 +392,13 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
         HalfLife(half_life=1000.0, every=4)
     """
     values = dict(state) if isinstance(state, Mapping) else {"name": state}
-    kind = _SCHEDULES.get(str(values.pop("name", None)))
+    name = values.pop("name", None)
+    kind = _SCHEDULES.get(str(name))
     problem = f"its name is not one of {', '.join(_SCHEDULES)}"
     if kind is not None:
+        inner = values.get("schedule")
+        if kind is Delayed and isinstance(inner, Mapping) and inner.get("name") != name:
+            values["schedule"] = schedule_from_state(inner)
         try:
             return kind(**values)
         except (TypeError, ValueError) as error:

@@ -244,7 +244,7 @@ def test_subjects_take_turns() -> None:
     assert found["a"]["wall"] == [1.0, 6.0, 8.0, 10.0]
     seen.clear()
     measure.interleaved(subjects, sample, rounds=100, seconds=0.0)
-    assert len(seen) == 3 * 3
+    assert len(seen) == 7 * 3
 
 
 def test_caches_are_flushed_before_an_update() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.ptx import ARCHITECTURES, CASES, Variant, line
+from bench.ptx import ARCHITECTURES, CASES, KINDS, Variant, line
 
 ROOT = Path(__file__).parent.parent
 NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_keeps_the_contract(folder: Path) -> None:
     status, printed, variants = compiled(folder)
-    assert len(variants) == len(NVIDIA) * len(CASES) * 2
+    assert len(variants) == len(NVIDIA) * len(CASES) * len(KINDS)
     assert {str(variant): variant.shortfalls() for variant in variants} == {
         str(variant): [] for variant in variants
     }
@@ -99,6 +99,10 @@ NOISY = {
         ({"shared": 1024}, "1024 bytes of shared memory"),
         ({"barriers": 2}, "2 barriers"),
         ({"spills": 8}, "spills of 8"),
+        ({"guarded": True, "registers": 57}, "57 registers, more than 56"),
+        ({"guarded": True, "shared": 512}, "512 bytes of shared memory"),
+        ({"guarded": True, "barriers": 7}, "7 barriers"),
+        ({"guarded": True, "accesses": {**GOOD, "ld.b32": 10}}, "13 scalar ld instead of 11"),
         ({"accesses": {**GOOD, "ld.b32": 9}}, "12 scalar ld instead of 11"),
         ({"accesses": {**GOOD, "st.b32": 5}}, "5 scalar st instead of 4"),
         ({"accesses": {**GOOD, "ld.v4.b32": 4}}, "8 elements loaded and 16 stored by vectors"),
@@ -110,7 +114,7 @@ NOISY = {
     ],
 )
 def test_a_shortfall_is_noticed(change: dict, message: str) -> None:
-    good = Variant("sm_90", "fp32", "fp32", "nearest", False, GOOD, 32, 0, 0, 0, 5.6)
+    good = Variant("sm_90", "fp32", "fp32", "nearest", False, False, GOOD, 32, 0, 0, 0, 5.6)
     assert good.shortfalls() == []
     found = replace(good, **change).shortfalls()
     assert len(found) == 1
@@ -141,7 +145,8 @@ bind = create_function_from_signature(ema_update.signature, ema_update.params, b
 table, flat = torch.zeros(3, dtype=torch.int64), torch.zeros(8)
 
 def key(value, pointer):
-    return str(bind(table, flat, None, None, value, pointer, ONLINE=tl.float32, BLOCK=2048)[1])
+    constants = {"ONLINE": tl.float32, "OVERFLOW": None, "BLOCK": 2048}
+    return str(bind(table, flat, None, None, None, value, pointer, **constants)[1])
 
 floats = {key(momentum, None) for momentum in (0.0, 1.0, 0.5, 1e-4, 16.0)}
 tensors = {key(0.0, torch.zeros(8)[index]) for index in range(8)}
@@ -161,7 +166,7 @@ def test_compiles_for_amd() -> None:
     run = python("-m", "bench", "ptx", "--arch", "gfx942")
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("gfx942")]
-    assert len(lines) == len(CASES) * 2
+    assert len(lines) == len(CASES) * len(KINDS)
     # Four exact elements per thread are 64 bits of a 16-bit dtype.
     assert all("load.dwordx4" in line or ("bf16<-" in line and "exact" in line) for line in lines)
     assert all("load.dwordx2" in line for line in lines if "exact" in line)

@@ -93,9 +93,10 @@ def test_without_ignite_the_handler_is_listed_all_the_same() -> None:
 
 def test_imports_go_down_the_floors() -> None:
     floors = [
-        {"schedules", "kernels", "pairs", "precision", "noise"},
-        {"plan", "saved"},
-        {"reference", "launch"},
+        {"schedules", "kernels", "pairs", "precision", "noise", "groups", "interrupts", "models"},
+        {"arguments", "companions", "saved", "watch"},
+        {"plan"},
+        {"reference", "launch", "swap", "nonfinite", "distance"},
         {"backend"},
         {"model_ema"},
         {"handler"},

@@ -59,7 +59,7 @@ def test_a_changing_momentum_changes_nothing_that_is_compiled_in(
     for momentum in (0.1, 0.2, 1.0, 0.0, 1):
         ema.update(momentum)
     compiled_in = {
-        (type(args[4]), args[5], *sorted(map(str, kwargs.items())))
+        (type(args[5]), args[6], *sorted(map(str, kwargs.items())))
         for args, kwargs in launches.arguments
     }
     # A float is no constexpr and is not specialised on; the annotation makes it a double.

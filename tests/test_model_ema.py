@@ -437,7 +437,7 @@ def test_bad_arguments_list_the_accepted_ones() -> None:
 def test_a_model_that_cannot_be_copied_says_what_to_do() -> None:
     model = nn.Linear(2, 2)
     model.cache = model.weight * 2
-    with pytest.raises(RuntimeError, match=r"cannot be copied.*give ModelEMA an ema_model"):
+    with pytest.raises(RuntimeError, match=r"cannot be copied.*give an ema_model"):
         ModelEMA(model)
     ModelEMA(model, ema_model=nn.Linear(2, 2)).update(0.5)
 

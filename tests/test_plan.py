@@ -93,7 +93,9 @@ def test_chunk_offsets_beyond_int32_do_not_wrap() -> None:
     size = 3 * 2**30
     tensor = torch.zeros(1).expand(size)
     key = only_bucket(ModelEMA(nn.Linear(1, 1))).key
-    bucket = Bucket(key, ["a", "b"], tensor, None, None, [0, size], [tensor] * 2, [tensor] * 2)
+    bucket = Bucket(
+        key, ["a", "b"], tensor, None, None, None, [0, size], [tensor] * 2, [tensor] * 2
+    )
     _, offset, packed = bucket.chunk_table[-1].tolist()
     assert offset == 2 * size - CHUNK
     assert packed == 2 * CHUNK + (tensor.data_ptr() % 16 == 0)

@@ -472,7 +472,10 @@ def test_any_other_function_has_no_state() -> None:
         assert schedule_to_state(function) is None
 
 
-KNOWN = "Constant, LinearWarmup, InverseDecay, CountWarmup, ExponentialRamp, CosineRamp, HalfLife"
+KNOWN = (
+    "Constant, LinearWarmup, InverseDecay, CountWarmup, ExponentialRamp, CosineRamp, HalfLife, "
+    "Delayed"
+)
 
 
 @pytest.mark.parametrize(

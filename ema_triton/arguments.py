@@ -1,0 +1,77 @@
+"""What users say to `ModelEMA`, checked before anything is done."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+from ema_triton.precision import PRECISIONS
+
+HANDLE_BUFFERS = ("copy", "update", "ema_train")
+EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NONFINITE = ("propagate", "skip", "raise")
+
+
+def check_choices(
+    handle_buffers: object, ema_dtype: object, precision: object, seed: object, nonfinite: object
+) -> None:
+    """Raise ValueError unless each is one of the accepted values."""
+    if handle_buffers not in HANDLE_BUFFERS:
+        raise ValueError(
+            "handle_buffers can only be one of 'copy', 'update', 'ema_train', but got "
+            f"{handle_buffers!r}. 'copy' copies the online buffers, 'update' averages them, "
+            "'ema_train' leaves them to the EMA model in train mode."
+        )
+    if ema_dtype is not None and ema_dtype not in EMA_DTYPES:
+        raise ValueError(
+            f"ema_dtype must be None or one of {', '.join(map(str, EMA_DTYPES))}, but got "
+            f"{ema_dtype!r}. It is the dtype of the EMA model's floating tensors."
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, but got {precision!r}. "
+            "It says how a bf16 or fp16 EMA takes steps smaller than its dtype's: 'exact' keeps "
+            "the rest beside the weights, 'stochastic' rounds by chance, 'nearest' drops it."
+        )
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(
+            f"seed must be an int from 0 to 2**63 - 1, but got {seed!r}. Stochastic rounding draws "
+            "its random numbers from it."
+        )
+    if nonfinite not in NONFINITE:
+        raise ValueError(
+            f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, but got {nonfinite!r}. "
+            "It says what becomes of NaN and Inf: 'propagate' lets them into the EMA, 'skip' keeps "
+            "the EMA's old value there, 'raise' does so and tells."
+        )
+
+
+def check_momentum(momentum: object) -> float | Tensor:
+    """The momentum as a float, or the 0-d tensor on a device that it is.
+
+    Raises:
+        ValueError: It is no weight of an average.
+        TypeError: It is no number.
+    """
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0 or not momentum.is_floating_point():
+            raise ValueError(
+                f"Invalid momentum: a {momentum.dtype} tensor of shape {tuple(momentum.shape)}. "
+                "It weighs all tensors alike: give a float, or a 0-d floating tensor."
+            )
+        if momentum.device.type != "cpu":
+            return momentum
+    elif not isinstance(momentum, numbers.Real) or isinstance(momentum, bool):
+        raise TypeError(
+            f"Invalid momentum: {momentum!r}. It is the weight of the online weights: give a float "
+            "in [0, 1], or a 0-d floating tensor."
+        )
+    value = float(momentum)
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"Invalid momentum: {value}. It is the weight of the online weights (1 - decay), and "
+            "outside [0, 1] the EMA diverges. Give a value in [0, 1]."
+        )
+    return value

@@ -1,0 +1,116 @@
+"""Which tensors are averaged, and with which share of the momentum: chosen by name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class Groups(NamedTuple):
+    """What the patterns of `ModelEMA` say of a tensor.
+
+    A pattern is a name or a glob (`*`, `?`, `[ab]`) of a tensor, or of a module and so of all
+    tensors in it.
+    """
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    momentum_scale: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str],
+        momentum_scale: Mapping[str, float] | None,
+    ) -> Groups:
+        """Check the patterns and the factors.
+
+        Raises:
+            TypeError: Patterns are not strings, or factors not numbers.
+            ValueError: A factor is negative or not finite.
+        """
+        scales = momentum_scale or {}
+        if not isinstance(scales, Mapping):
+            raise TypeError(
+                f"momentum_scale must map patterns to factors, but got {momentum_scale!r}. Give "
+                "e.g. {'backbone': 0.1}."
+            )
+        for pattern, factor in scales.items():
+            if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+                raise TypeError(
+                    f"momentum_scale of {pattern!r} must be a number, but got {factor!r}. The "
+                    "momentum is multiplied by it."
+                )
+            if not 0 <= factor < math.inf:
+                raise ValueError(
+                    f"momentum_scale of {pattern!r} must be finite and not negative, but got "
+                    f"{factor!r}. The momentum is multiplied by it, and has to stay in [0, 1]."
+                )
+        return cls(
+            None if include is None else _patterns("include", include),
+            _patterns("exclude", exclude),
+            tuple(
+                zip(
+                    _patterns("momentum_scale", [*scales]), map(float, scales.values()), strict=True
+                )
+            ),
+        )
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError if a pattern matches none of the names: it would do nothing."""
+        patterns = {
+            "include": self.include or (),
+            "exclude": self.exclude,
+            "momentum_scale": [pattern for pattern, _ in self.momentum_scale],
+        }
+        known = {prefix for name in names for prefix in _prefixes(name)}
+        for argument, given in patterns.items():
+            for pattern in given:
+                if not any(fnmatchcase(name, pattern) for name in known):
+                    near = get_close_matches(pattern, known, n=3) or [*names][:3]
+                    raise ValueError(
+                        f"{argument}: {pattern!r} matches no parameter, buffer or module of the "
+                        f"model, so it would do nothing. There are, for example, {', '.join(near)}."
+                    )
+
+    def scale(self, names: Iterable[str]) -> float | None:
+        """The momentum's factor for a tensor with these names; None if it is copied instead."""
+        names = [*names]
+        if self.include is not None and not _any_match(names, self.include):
+            return None
+        if _any_match(names, self.exclude):
+            return None
+        for pattern, factor in self.momentum_scale:
+            if _any_match(names, [pattern]):
+                return factor
+        return 1.0
+
+
+def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(
+        fnmatchcase(prefix, pattern)
+        for name in names
+        for prefix in _prefixes(name)
+        for pattern in patterns
+    )
+
+
+def _prefixes(name: str) -> Iterable[str]:
+    """The name, and those of the modules around it."""
+    return accumulate(name.split("."), "{}.{}".format)
+
+
+def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"{argument} must be names or glob patterns of the model's tensors or modules, but got "
+            f"{given!r}. Give e.g. 'head' or ['head', '*.bias']."
+        )
+    return tuple(patterns)

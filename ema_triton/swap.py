@@ -1,0 +1,207 @@
+"""Exchanging the online and the EMA model's values in place, for an evaluation, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_triton.pairs import listed
+from ema_triton.plan import Bucket, Plan
+
+
+class Swap:
+    """The online model has the EMA's values from `enter` to `leave`, at its own addresses.
+
+    Where both sides have one dtype they change places, and what an exact EMA has beside its weights
+    stays where it is. Elsewhere, and for the tensors that are copied at each update, the online
+    values wait in a copy, and the EMA model keeps its own.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, exchange: Callable[[Bucket], None]) -> None:
+        self._model, self._plan, self._exchange = model, plan, exchange
+        overlapping = _overlapping(plan.buckets)
+        self._in_place = [
+            bucket
+            for bucket in plan.buckets
+            if bucket.key.ema_dtype == bucket.key.online_dtype
+            and bucket.key.dense
+            and bucket not in overlapping
+        ]
+        aside = [bucket for bucket in plan.buckets if bucket not in self._in_place]
+        online = plan.copies.read()
+        assert online is not None  # the plan is not stale
+        kept = [(pair.online_slots[0].read(), pair.ema_slots[0].read()) for pair in plan.kept]
+        # Online tensors that wait, and what they hold meanwhile.
+        self._aside = [
+            *((o, e) for b in aside for o, e in zip(b.sources, b.targets, strict=True)),
+            *zip(online, plan.copies.ema, strict=True),
+            *((o, e) for o, e in kept if o is not None and e is not None),
+        ]
+        for tensor, _ in self._aside:
+            _check_writable(tensor)
+        self._waiting: list[Tensor] = []
+        self._exchanged: list[Bucket] = []
+        names = {name for bucket in self._in_place for name in bucket.names}
+        self._pairs = plan.averaged
+        self._moved = [pair for pair in self._pairs if pair.name in names]
+        self._places = [
+            _Place(slot.owner, slot.key, tensor)
+            for pair in self._pairs
+            for tensor, slots in ((pair.online, pair.online_slots), (pair.ema, pair.ema_slots))
+            for slot in slots
+        ]
+        self._buffers = [
+            _Place(owner, key, tensor)
+            for owner, key, tensor in zip(plan.copies.owners, plan.copies.keys, online, strict=True)
+        ]
+        self._versions: list[int] = []
+        self._warning: Any = None
+
+    def enter(self) -> None:
+        """Put the EMA's values into the online model; if that fails, it has its own again."""
+        self._waiting = [tensor.detach().clone() for tensor, _ in self._aside]
+        try:
+            with torch.no_grad():
+                for bucket in self._in_place:
+                    self._exchange(bucket)
+                    self._exchanged.append(bucket)
+                for tensor, value in self._aside:
+                    tensor.detach().copy_(value)
+        except BaseException:
+            self._restore()
+            raise
+        self._tell()
+        self._versions = self._current_versions()
+        self._warning = self._model.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _warn_of_ema_values
+        )
+
+    def leave(self) -> None:
+        """Put both sides' values back, whatever became of the tensors meanwhile; warn of writes."""
+        self._warning.remove()
+        versions = self._current_versions()
+        written = {
+            id(place.tensor)
+            for place, before, now in zip(self._places, self._versions, versions, strict=True)
+            if before != now
+        }
+        replaced = [place.put_back() for place in self._places]
+        for place in self._buffers:
+            place.put_back()
+        self._restore()
+        self._tell()
+        touched = [p for p in self._pairs if {id(p.online), id(p.ema)} & written]
+        # An exact EMA goes on from what was written.
+        torch.autograd.graph.increment_version(
+            [pair.ema for pair in self._moved if id(pair.online) in written]
+        )
+        if touched or any(replaced):
+            what = [pair.name for pair in touched] or ["a tensor"]
+            warnings.warn(
+                f"{listed(what)} was written, or replaced, while the models' weights were swapped "
+                "(by an optimizer's step, a load_state_dict, a cast?). What was written into the "
+                "online model went into the EMA's values, and what was replaced is as before. "
+                "Leave the swap before training on.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def outside(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """The EMA model's state, some of whose values are in the online model now."""
+        where = {pair.ema.data_ptr(): pair.online.detach() for pair in self._moved}
+        return {
+            name: where.get(value.data_ptr(), value) if isinstance(value, Tensor) else value
+            for name, value in weights.items()
+        }
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            while self._exchanged:
+                self._exchange(self._exchanged[-1])
+                self._exchanged.pop()
+            for (tensor, _), value in zip(self._aside, self._waiting, strict=True):
+                tensor.detach().copy_(value)
+        self._waiting = []
+
+    def _tell(self) -> None:
+        """Autograd, which sees no kernel's writes."""
+        torch.autograd.graph.increment_version(
+            [pair.online for pair in self._moved if not pair.online.is_inference()]
+        )
+        self._plan.wrote()
+
+    def _current_versions(self) -> list[int]:
+        tensors = [place.tensor for place in self._places]
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+class _Place:
+    """A slot, the tensor in it, and that tensor's memory."""
+
+    def __init__(self, owner: dict[str, Tensor | None], key: str, tensor: Tensor) -> None:
+        self.owner, self.key, self.tensor = owner, key, tensor
+        self.data = tensor.detach()
+
+    def put_back(self) -> bool:
+        """Whether another tensor, or other memory, was there."""
+        found = self.owner.get(self.key) is not self.tensor
+        if found:
+            self.owner[self.key] = self.tensor
+        if _memory(self.tensor) != _memory(self.data):
+            self.tensor.data = self.data
+            found = True
+        return found
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _overlapping(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Those with an online tensor that shares memory with another one.
+
+    Exchanged one after the other such tensors would not come back as they were.
+    """
+    spans = sorted(
+        (source.data_ptr(), source.data_ptr() + _extent(source), number)
+        for number, bucket in enumerate(buckets)
+        for source in bucket.sources
+    )
+    found, last, owner = set(), 0, 0
+    for begin, end, number in spans:
+        if begin < last:
+            found |= {owner, number}
+        if end > last:
+            last, owner = end, number
+    return [bucket for number, bucket in enumerate(buckets) if number in found]
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from its first element to the end of its last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+
+
+def _check_writable(tensor: Tensor) -> None:
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"An online tensor of shape {tuple(tensor.shape)} is expanded: several of its elements "
+            "share one place in memory, which cannot hold the EMA's values of all of them. Assign "
+            "a contiguous copy of it to the model before swapping."
+        )
+
+
+def _warn_of_ema_values(module: nn.Module, prefix: str, keep_vars: bool) -> None:  # noqa: ARG001
+    warnings.warn(
+        "The online model's state_dict() is asked for while it holds the EMA's weights. A "
+        "checkpoint of the training made of it would resume from those. Save it outside of "
+        "swapped(); the EMA's weights are in ema.state_dict().",
+        UserWarning,
+        stacklevel=3,
+    )
