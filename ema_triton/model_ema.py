@@ -24,11 +24,12 @@ from ema_triton.backend import Backend, check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
 from ema_triton.interrupts import Uninterrupted
+from ema_triton.loading import load
 from ema_triton.models import check_model, copy_model, unwrap
 from ema_triton.nonfinite import Alarm, complaint
 from ema_triton.pairs import Slots, check_tensors, clean_name, own_copy
 from ema_triton.plan import Memory, Plan, make_plan
-from ema_triton.precision import COMPANION_DTYPE, as_real, join
+from ema_triton.precision import COMPANION_DTYPE
 from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
 from ema_triton.swap import Swap
 
@@ -417,29 +418,11 @@ class ModelEMA:
             self._refuse_inside_swap("load_state_dict()")
             found = saved.Saved.of(state)
             plan, _ = self._current_plan()
-            own_state = self.ema_model.state_dict()
-            names = {clean_name(name): name for name in own_state}
-            own = dict(zip(names, own_state.values(), strict=True))
-            found.check_fit(own)
-            exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
-            weights, values, remarks = found.converted(own, exact)
-            loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
-            loaded._metadata = getattr(found.weights, "_metadata", None)
-            seed, updates = plan.seed, plan.updates
-            if self.precision == "stochastic":
-                if found.precision == "stochastic":
-                    seed, updates = found.seed, found.updates
-                elif found.precision is None:
-                    remarks.append(
-                        "a module's state dict does not tell from where stochastic rounding goes "
-                        f"on, which keeps its seed {seed} and its count of {updates} updates"
-                    )
-            self._load_weights_or_none(loaded, plan)
-            self._memory = Memory(values, seed, updates, plan.nonfinite_count())
+            self._memory, remarks = load(found, self.ema_model, plan, self.precision)
             self._make_plan()
-        said = [f"The state was loaded; but {'; '.join(remarks)}."] if remarks else []
-        if found.update_index is not None:
-            self.update_index = found.update_index
+            said = [f"The state was loaded; but {'; '.join(remarks)}."] if remarks else []
+            if found.update_index is not None:
+                self.update_index = found.update_index
             if found.schedule is not None:
                 if self._schedule not in (None, found.schedule):
                     said.append(
@@ -448,26 +431,7 @@ class ModelEMA:
                         "loading."
                     )
                 self._schedule = found.schedule
-        return said
-
-    def _load_weights_or_none(self, weights: Mapping[str, Any], plan: Plan) -> None:
-        """Load them into the EMA model; if that fails half-way, put its values back.
-
-        What fits can still fail, in a module's own hooks or extra state.
-        """
-        tensors = [pair.ema for pair in plan.averaged] + plan.copies.ema
-        tensors += [t for p in plan.kept if (t := p.ema_slots[0].read()) is not None]
-        before = [tensor.to("cpu", copy=True) for tensor in tensors]
-        exact = [(pair, rest) for pair, _, rest in plan.companions.current()]
-        try:
-            self.ema_model.load_state_dict(weights)
-        except BaseException:
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-            values = {pair.name: join(as_real(pair.ema), rest) for pair, rest in exact}
-            self._memory = Memory(values, plan.seed, plan.updates, plan.nonfinite_count())
-            self._make_plan()
-            raise
+            return said
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""

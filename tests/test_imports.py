@@ -96,7 +96,7 @@ def test_imports_go_down_the_floors() -> None:
         {"schedules", "kernels", "pairs", "precision", "noise", "groups", "interrupts", "models"},
         {"arguments", "companions", "saved", "watch"},
         {"plan"},
-        {"reference", "launch", "swap", "nonfinite", "distance"},
+        {"reference", "launch", "swap", "nonfinite", "distance", "loading"},
         {"backend"},
         {"model_ema"},
         {"handler"},

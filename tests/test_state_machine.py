@@ -2,8 +2,9 @@
 
 The shadow is kept by name, in float64, and told of every write to the EMA model. One update errs by
 at most the bound of tolerances.py, so after n updates the error is at most the sum of n bounds. An
-exact EMA's errors are those of fp32, also through new plans, copies and checkpoints; its weights
-show it rounded.
+exact EMA's errors are those of fp32, also through new plans, copies, checkpoints and swaps; its
+weights show it rounded. What is excluded equals the online tensor of the last update, and where the
+online model is not finite a guarded EMA stays as it is.
 """
 
 import copy
@@ -16,8 +17,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
-from ema_triton import ModelEMA
-from ema_triton.plan import Companions
+from ema_triton import ModelEMA, reference
+from ema_triton.companions import Companions
+from ema_triton.groups import Groups
 from ema_triton.precision import PRECISIONS
 from tests.tolerances import update_bound
 
@@ -47,6 +49,8 @@ class AnyOrder(RuleBasedStateMachine):
         seed=st.integers(0, 1000),
         dtype=DTYPES,
         precision=st.sampled_from(PRECISIONS),
+        exclude=st.sampled_from([(), "norm", ["square", "*.bias"]]),
+        nonfinite=st.sampled_from(["propagate", "skip"]),
     )
     def build(
         self,
@@ -54,13 +58,34 @@ class AnyOrder(RuleBasedStateMachine):
         seed: int,
         dtype: torch.dtype = torch.float32,
         precision: str = "exact",
+        exclude: str | list[str] | tuple[()] = (),
+        nonfinite: str = "propagate",
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.online = Net().to(DEVICE, dtype)
+        self.exclude = Groups.of(None, exclude, None)
+        self.spared = 0
         self.ema = ModelEMA(
-            self.online, handle_buffers=handle_buffers, backend=self.backend, precision=precision
+            self.online,
+            handle_buffers=handle_buffers,
+            backend=self.backend,
+            precision=precision,
+            exclude=exclude,
+            nonfinite=nonfinite,
         )
         self.reset_shadow()
+
+    def is_copied(self, name: str) -> bool:
+        """Also by another name of the same tensor, if it is tied in both models."""
+        tensors = self.averaged(self.ema.ema_model)
+        online = self.averaged(self.online)
+        names = [
+            other
+            for other in tensors
+            if tensors[other].data_ptr() == tensors[name].data_ptr()
+            and online[other].data_ptr() == online[name].data_ptr()
+        ]
+        return self.exclude.scale(names) is None
 
     def reset_shadow(self, *names: str, told: bool = True) -> None:
         """The EMA as it is now is the new truth, of these tensors or of all.
@@ -77,13 +102,13 @@ class AnyOrder(RuleBasedStateMachine):
             if not told:
                 self.error[name] = self.shows(name, averaged[name].dtype)
 
-    def accumulates_in(self, dtype: torch.dtype) -> torch.dtype:
-        low = dtype in (torch.bfloat16, torch.float16)
+    def accumulates_in(self, dtype: torch.dtype, name: str) -> torch.dtype:
+        low = dtype in (torch.bfloat16, torch.float16) and not self.is_copied(name)
         return torch.float32 if low and self.ema.precision == "exact" else dtype
 
     def shows(self, name: str, dtype: torch.dtype) -> Tensor:
         """How far the weight may be from what was accumulated: half a spacing."""
-        if self.accumulates_in(dtype) == dtype:
+        if self.accumulates_in(dtype, name) == dtype:
             return torch.zeros_like(self.shadow[name])
         value = self.shadow[name].abs() + self.error[name]
         return update_bound(value, value, dtype) / 2
@@ -103,9 +128,18 @@ class AnyOrder(RuleBasedStateMachine):
         self.ema.update(momentum)
         dtypes = {name: t.dtype for name, t in self.averaged(self.ema.ema_model).items()}
         for name, online in self.averaged(self.online).items():
+            if self.is_copied(name):
+                self.reset_shadow(name)
+                self.shadow[name] = online.to(dtypes[name]).double()
+                continue
+            # The machine makes nothing that is not finite where that propagates.
+            finite = online.isfinite()
+            self.spared += int(finite.numel() - finite.sum())
+            online = torch.where(finite, online, 0)
             truth = torch.lerp(self.shadow[name], online.double(), momentum)
+            truth = torch.where(finite, truth, self.shadow[name])
             before = self.shadow[name].abs() + self.error[name]
-            bound = update_bound(before, online, self.accumulates_in(dtypes[name]))
+            bound = update_bound(before, online, self.accumulates_in(dtypes[name], name))
             if self.ema.precision == "stochastic":  # a spacing, after the arithmetic's own error
                 bound += update_bound(before, online, torch.float32)
             # The momentum itself is rounded to fp32 where the arithmetic is fp32.
@@ -118,6 +152,32 @@ class AnyOrder(RuleBasedStateMachine):
             for tensor in self.averaged(self.online).values():
                 tensor.copy_(self.random(tensor))
             self.online.steps += 1
+
+    @precondition(lambda self: self.ema.nonfinite == "skip")
+    @rule(value=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+    def poison(self, value: float) -> None:
+        with torch.no_grad():
+            self.online.conv.weight[1, :2] = value
+
+    @rule(fails=st.booleans())
+    def evaluate_with_the_weights_swapped(self, fails: bool) -> None:
+        before = copy.deepcopy(self.online.state_dict())
+        state = self.ema.state_dict(clone=True)
+        try:
+            with self.ema.swapped() as model:
+                inside = self.ema.state_dict()
+                for name, tensor in self.averaged(model).items():
+                    assert torch.equal(tensor, state["weights"][name].to(tensor.dtype)), name
+                for kind in ("weights", "companions"):
+                    assert inside[kind].keys() == state[kind].keys()
+                    for name, value in inside[kind].items():
+                        assert torch.equal(value, state[kind][name]), name
+                if fails:
+                    raise KeyError
+        except KeyError:
+            assert fails
+        for name, value in self.online.state_dict().items():
+            assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
 
     @rule()
     def assign_data(self) -> None:
@@ -195,6 +255,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def sync(self) -> None:
+        if not self.online.conv.weight.isfinite().all():
+            return  # it would copy that
         self.ema.sync()
         self.reset_shadow()
         for name, online in self.averaged(self.online).items():
@@ -202,8 +264,8 @@ class AnyOrder(RuleBasedStateMachine):
             distance = (ours.double() - online.double()).abs()
             # Halfway between two weights an exact EMA may show the other one.
             assert torch.equal(distance, (online.to(ours.dtype).double() - online).abs()), name
-            kept = online.to(self.accumulates_in(ours.dtype)).double()
-            if self.accumulates_in(ours.dtype) != ours.dtype:
+            kept = online.to(self.accumulates_in(ours.dtype, name)).double()
+            if self.accumulates_in(ours.dtype, name) != ours.dtype:
                 self.shadow[name] = kept
 
     @rule()
@@ -228,6 +290,8 @@ class AnyOrder(RuleBasedStateMachine):
         for name, ours in self.averaged(self.ema.ema_model).items():
             error = (ours.double() - self.shadow[name]).abs()
             assert (error <= self.error[name] + self.shows(name, ours.dtype)).all(), name
+        if self.ema.nonfinite == "skip":
+            assert self.ema.nonfinite_count() == self.spared
 
 
 class AnyOrderInTheKernel(AnyOrder):
@@ -270,5 +334,17 @@ def test_the_machine_notices_digits_lost_in_a_new_plan(monkeypatch: pytest.Monke
         machine.write_online_in_place()
         machine.update(0.001)
         machine.replace_a_parameter()
+    with pytest.raises(AssertionError):
+        machine.equals_the_shadow()
+
+
+def test_the_machine_notices_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = AnyOrder()
+    machine.build("update", 0, nonfinite="skip")
+    machine.poison(float("nan"))
+    machine.update(0.3)
+    machine.equals_the_shadow()
+    monkeypatch.setattr(reference._Step, "spare", lambda step: None)
+    machine.update(0.3)
     with pytest.raises(AssertionError):
         machine.equals_the_shadow()

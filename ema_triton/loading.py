@@ -1,0 +1,66 @@
+"""Loading a saved state into an EMA model: all of it, or nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from ema_triton.pairs import clean_name
+from ema_triton.plan import Memory, Plan
+from ema_triton.saved import Saved
+
+
+def load(
+    found: Saved, ema_model: nn.Module, plan: Plan, precision: str
+) -> tuple[Memory, list[str]]:
+    """Check that it fits, convert it, and load it.
+
+    Args:
+        found: What was saved.
+        ema_model: The EMA model.
+        plan: Its plan, not stale.
+        precision: How bf16 and fp16 EMA tensors are averaged.
+
+    Returns:
+        What the next plan has to know beside the weights; and remarks on what was lost.
+
+    Raises:
+        ValueError: Names or shapes do not fit.
+        Exception: Whatever a module's own hooks raise.
+    """
+    state = ema_model.state_dict()
+    names = {clean_name(name): name for name in state}
+    own = dict(zip(names, state.values(), strict=True))
+    found.check_fit(own)
+    exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
+    weights, values, remarks = found.converted(own, exact)
+    seed, updates = plan.seed, plan.updates
+    if precision == "stochastic":
+        if found.precision == "stochastic":
+            seed, updates = found.seed, found.updates
+        elif found.precision is None:
+            remarks.append(
+                "a module's state dict does not tell from where stochastic rounding goes on, which "
+                f"keeps its seed {seed} and its count of {updates} updates"
+            )
+    loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
+    loaded._metadata = getattr(found.weights, "_metadata", None)
+    _load_or_restore(loaded, ema_model, plan)
+    return Memory(values, seed, updates, plan.nonfinite_count()), remarks
+
+
+def _load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) -> None:
+    """Load what fits; a module's own hook or extra state can fail all the same, half-way."""
+    tensors = [*plan.ema_tensors, *plan.copies.ema]
+    tensors += [kept for pair in plan.kept if (kept := pair.ema_slots[0].read()) is not None]
+    before = [tensor.to("cpu", copy=True) for tensor in tensors]
+    exact = [pair for pair, _, _ in plan.companions.current()]
+    try:
+        ema_model.load_state_dict(weights)
+    except BaseException:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        plan.companions.vouch_for(exact)
+        raise
