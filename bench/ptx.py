@@ -20,8 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ema_triton.kernels import ema_update
-from ema_triton.launch import BLOCK, EXACT_BLOCK, WARPS
+from ema_triton.kernels import ema_update, exchange
+from ema_triton.launch import BLOCK, EXACT_BLOCK, EXCHANGE_BLOCK, WARPS
 from ema_triton.precision import COMPANION_DTYPE, overflow
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -44,6 +44,8 @@ CASES = [
         for online in NARROW
     ),
 ]
+# The swap, which has neither momentum nor guard, stands beside them as a precision of its own.
+EXCHANGES = [(dtype, dtype, "exchange") for dtype in DTYPES]
 # Whether the momentum is a tensor, and whether the EMA is guarded.
 KINDS = [(False, False), (True, False), (False, True)]
 COMPANIONS = {"bf16": "i16", "fp16": "fp32"}
@@ -71,7 +73,7 @@ class Variant:
         arch: "sm_90", "gfx942" and the like.
         ema: The EMA's dtype.
         online: The online tensors' dtype.
-        precision: How the EMA is rounded.
+        precision: How the EMA is rounded; "exchange" for the kernel that swaps.
         tensor_momentum: Whether the momentum is a tensor that the kernel reads.
         guarded: Whether it spares the EMA non-finite values.
         accesses: How many global loads and stores there are of each width, such as "ld.v4.b32".
@@ -97,6 +99,8 @@ class Variant:
 
     def __str__(self) -> str:
         """For tables and messages."""
+        if self.precision == "exchange":
+            return f"{self.arch} {self.ema}<->{self.online} exchange"
         kind = "tensor" if self.tensor_momentum else "float"
         guard = ", guarded" if self.guarded else ""
         return f"{self.arch} {self.ema}<-{self.online} {self.precision} {kind} momentum{guard}"
@@ -138,6 +142,8 @@ class Variant:
         if self.precision == "exact":
             stores.append(COMPANION_DTYPE[DTYPES[self.ema][1]].itemsize)
         loads = [*stores, DTYPES[self.online][1].itemsize]
+        if self.precision == "exchange":
+            stores = loads
         expected = {f"st.{_vector(size, max(stores))}" for size in stores}
         expected |= {f"ld.{_vector(size, max(stores))}" for size in loads}
         vectors = {access for access in self.accesses if ".v" in access}
@@ -153,7 +159,8 @@ class Variant:
         others = 3 + self.tensor_momentum + 2 * noise
         for op, most in (("ld", len(loads) * masked + others), ("st", len(stores) * masked)):
             scalars = sum(n for access, n in self.accesses.items() if access.startswith(f"{op}.b"))
-            if scalars != most and not (self.guarded and scalars <= most + 1):
+            least = 0 if self.guarded or self.precision == "exchange" else most
+            if not least <= scalars <= most + self.guarded:
                 found.append(f"{scalars} scalar {op} instead of {most}")
         return found
 
@@ -185,6 +192,11 @@ def main(args: argparse.Namespace) -> None:
         for arch in args.arch.split(",")
         for case in CASES
         for tensor_momentum, guarded in KINDS
+    ]
+    variants += [
+        compiled(arch, *case, tensor_momentum=False, guarded=False)
+        for arch in args.arch.split(",")
+        for case in EXCHANGES
     ]
     blocks = f"{BLOCK} elements by EMA bytes, {EXACT_BLOCK} if exact"
     print(f"triton {triton.__version__}, {WARPS} warps, blocks of {blocks}")
@@ -227,7 +239,12 @@ def compiled(
         "OVERFLOW": overflow(DTYPES[ema][1], precision) if guarded else None,
         "BLOCK": block,
     }
-    kernel = _compile(arch, ema_update, arguments, constants)
+    if precision == "exchange":
+        arguments = {"table_ptr": "*i64", "ema_ptr": f"*{ema}"}
+        block = EXCHANGE_BLOCK[DTYPES[ema][1].itemsize]
+        kernel = _compile(arch, exchange, arguments, {"BLOCK": block})
+    else:
+        kernel = _compile(arch, ema_update, arguments, constants)
     nvidia = arch.startswith("sm_")
     look = _nvidia(kernel, block // (32 * WARPS)) if nvidia else _amd(kernel)
     return Variant(

@@ -314,9 +314,11 @@ def exchange(table_ptr, ema_ptr, BLOCK: tl.constexpr):
             exchange_at(ema + index, online + index, index < bound)
     else:
         online = address.to(ema_ptr.dtype)
-        for start in range(0, length, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            exchange_at(ema + index, online + index, index < length)
+        SMALL: tl.constexpr = BLOCK // 4
+        for start in range(0, length, SMALL):
+            index = start + tl.arange(0, SMALL)
+            # One element at a time on both sides: they would meet in shared memory otherwise.
+            exchange_at(tl.max_contiguous(ema + index, 1), online + index, index < length)
 
 
 @triton.jit

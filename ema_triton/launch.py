@@ -24,6 +24,8 @@ BLOCK = {2: 2048, 4: 2048, 8: 512}
 # An exact EMA has three tensors in flight and not two: 30 to 32 registers; with 2048 up to 42.
 EXACT_BLOCK = 1024
 WARPS = 4
+# A swap has both sides in flight until it stores them crosswise: 32 to 40 registers.
+EXCHANGE_BLOCK = {2: 2048, 4: 1024, 8: 512}
 # Of `squares`, which keeps two fp64 sums per element handled at a time.
 SQUARES_BLOCK = 1024
 
@@ -54,7 +56,10 @@ def exchange(bucket: Bucket) -> None:
         return
     with _current(bucket.key.device):
         kernels.exchange[(len(bucket.chunk_table),)](
-            bucket.chunk_table, bucket.flat, BLOCK=_block(bucket), num_warps=WARPS
+            bucket.chunk_table,
+            bucket.flat,
+            BLOCK=EXCHANGE_BLOCK[bucket.key.ema_dtype.itemsize],
+            num_warps=WARPS,
         )
 
 
@@ -125,17 +130,13 @@ def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
             OVERFLOW=overflow(key.ema_dtype, key.precision)
             if bucket.counters is not None
             else None,
-            BLOCK=EXACT_BLOCK if key.precision == "exact" else _block(bucket),
+            BLOCK=EXACT_BLOCK if key.precision == "exact" else BLOCK[key.ema_dtype.itemsize],
             num_warps=WARPS,
         )
 
 
 def _online(bucket: Bucket) -> tl.dtype:
     return _NARROW.get(bucket.key.online_dtype, tl.float64)
-
-
-def _block(bucket: Bucket) -> int:
-    return BLOCK[bucket.key.ema_dtype.itemsize]
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.ptx import ARCHITECTURES, CASES, KINDS, Variant, line
+from bench.ptx import ARCHITECTURES, CASES, EXCHANGES, KINDS, Variant, line
 
 ROOT = Path(__file__).parent.parent
 NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
@@ -50,13 +50,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_keeps_the_contract(folder: Path) -> None:
     status, printed, variants = compiled(folder)
-    assert len(variants) == len(NVIDIA) * len(CASES) * len(KINDS)
+    assert len(variants) == len(NVIDIA) * (len(CASES) * len(KINDS) + len(EXCHANGES))
     assert {str(variant): variant.shortfalls() for variant in variants} == {
         str(variant): [] for variant in variants
     }
     assert status == 0
     for variant in variants:
         assert line(variant) in printed
+
+
+def test_a_swap_moves_128_bits_at_a_time(folder: Path) -> None:
+    """16 bytes per fp32 element: both sides are read once and written once."""
+    _, _, variants = compiled(folder)
+    for arch in NVIDIA:
+        variant = next(v for v in variants if str(v) == f"{arch} fp32<->fp32 exchange")
+        vectors = {access: n for access, n in variant.accesses.items() if ".v" in access}
+        assert vectors == {"ld.v4.b32": 4, "st.v4.b32": 4}  # 8 elements per thread
+        assert (variant.shared, variant.barriers, variant.spills) == (0, 0, 0)
 
 
 def test_what_the_contract_is(folder: Path) -> None:
@@ -166,7 +176,7 @@ def test_compiles_for_amd() -> None:
     run = python("-m", "bench", "ptx", "--arch", "gfx942")
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("gfx942")]
-    assert len(lines) == len(CASES) * len(KINDS)
+    assert len(lines) == len(CASES) * len(KINDS) + len(EXCHANGES)
     # Four exact elements per thread are 64 bits of a 16-bit dtype.
     assert all("load.dwordx4" in line or ("bf16<-" in line and "exact" in line) for line in lines)
     assert all("load.dwordx2" in line for line in lines if "exact" in line)
