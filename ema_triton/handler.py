@@ -34,6 +34,7 @@ except ImportError as error:
 
 from ema_triton.distance import Distance
 from ema_triton.model_ema import ModelEMA
+from ema_triton.saved import Saved
 from ema_triton.schedules import (
     Constant,
     Delayed,
@@ -413,7 +414,7 @@ class EMAHandler:
                 f"'schedule', but got {got}. To load a module's state dict, use "
                 "handler.ema.load_weights(weights)."
             )
-        for remark in self.ema._load(state_dict):
+        for remark in self.ema._load(Saved.of(state_dict), "load_state_dict()"):
             warnings.warn(remark, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:

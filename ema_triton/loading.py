@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from ema_triton.pairs import clean_name
+from ema_triton import files
+from ema_triton.pairs import clean_name, listed
 from ema_triton.plan import Memory, Plan
+from ema_triton.rivals import weights_of
 from ema_triton.saved import Saved
+
+
+def weights_from(
+    source: Mapping[str, Any] | str | os.PathLike[str], ema_model: nn.Module
+) -> tuple[Saved, list[str]]:
+    """What is in a dict or a file of this or another library; and remarks on what is not.
+
+    Raises:
+        ValueError: It is not recognised, or damaged.
+        OSError: The file cannot be opened.
+    """
+    state: Any = source if isinstance(source, Mapping) else files.read(source).state
+    if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
+        return Saved.of(state)._replace(update_index=None, schedule=None), []
+    own = {clean_name(name): value for name, value in ema_model.state_dict().items()}
+    found = weights_of(state, own, [clean_name(name) for name, _ in ema_model.named_parameters()])
+    remarks = []
+    if found.kept:
+        remarks.append(f"{found.source} has no {listed(found.kept)}, which stay as they are")
+    if found.updates:
+        remarks.append(
+            f"{found.source} counts {found.updates} updates: set update_index to go on with a "
+            "schedule from there"
+        )
+    return Saved(found.weights, {}, None, 0, 0, None, None), remarks
 
 
 def load(

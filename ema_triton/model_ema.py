@@ -6,6 +6,7 @@ It knows no training loop. It receives a momentum, or follows an optimizer and a
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -18,18 +19,19 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from ema_triton import distance, reference, saved
+from ema_triton import distance, files, reference
 from ema_triton.arguments import check_choices, check_momentum
 from ema_triton.backend import Backend, check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
 from ema_triton.interrupts import Uninterrupted
-from ema_triton.loading import load
+from ema_triton.loading import load, weights_from
 from ema_triton.models import check_model, copy_model, unwrap
 from ema_triton.nonfinite import Alarm, complaint
 from ema_triton.pairs import Slots, check_tensors, clean_name, own_copy
 from ema_triton.plan import Memory, Plan, make_plan
 from ema_triton.precision import COMPANION_DTYPE
+from ema_triton.saved import VERSION, Saved
 from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
 from ema_triton.swap import Swap
 
@@ -385,7 +387,7 @@ class ModelEMA:
                     if isinstance(value, Tensor):
                         tensors[name] = value.clone()
             return {
-                "version": saved.VERSION,
+                "version": VERSION,
                 "update_index": self.update_index,
                 "schedule": None if self._schedule is None else schedule_to_state(self._schedule),
                 "weights": clean,
@@ -409,18 +411,62 @@ class ModelEMA:
                 Nothing has been loaded then, nor after any other error.
             RuntimeError: The models' weights are swapped.
         """
-        for remark in self._load(state):
+        for remark in self._load(Saved.of(state), "load_state_dict()"):
             warnings.warn(remark, UserWarning, stacklevel=2)
 
-    def _load(self, state: Mapping[str, Any]) -> list[str]:
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the EMA model's weights, as it shows them, to a safetensors file.
+
+        For others to use; to go on training save `state_dict`, which has more. An old file is
+        replaced only once the new one is complete. The update index is in its metadata.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: A tensor is of a kind that safetensors cannot hold. Nothing was written.
+            ImportError: safetensors is not installed.
+        """
+        with self._lock:
+            told = {"format": "pt", "update_index": str(self.update_index)}
+            files.write_weights(path, self.state_dict()["weights"], told)
+
+    def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+        """Load the weights that this or another library saved, and go on from there.
+
+        Recognised are a module's state dict (Ignite, PyTorch) in any nesting of `module.` and
+        `_orig_mod.`, `torch.optim.swa_utils.AveragedModel`, timm's checkpoints and `ModelEmaV3`,
+        ema-pytorch's `EMA`, diffusers' `EMAModel`, and what `state_dict` and `save_weights` made.
+        The update index and the schedule stay; a warning says what the source counts.
+
+        Args:
+            source: A dict; or a file of safetensors or `torch.save`, told by its content.
+
+        Raises:
+            ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
+                been loaded then, nor after any other error.
+            OSError: The file cannot be opened.
+            RuntimeError: The models' weights are swapped.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> averaged = torch.optim.swa_utils.AveragedModel(model)
+            >>> ema = ModelEMA(model)
+            >>> ema.load_weights(averaged.state_dict())
+        """
+        found, remarks = weights_from(source, self.ema_model)
+        for remark in self._load(found, "load_weights()", remarks):
+            warnings.warn(remark, UserWarning, stacklevel=2)
+
+    def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> list[str]:
         """Load it, and return what is to be warned of."""
         with self._lock, torch.no_grad():
-            self._refuse_inside_swap("load_state_dict()")
-            found = saved.Saved.of(state)
+            self._refuse_inside_swap(what)
             plan, _ = self._current_plan()
-            self._memory, remarks = load(found, self.ema_model, plan, self.precision)
+            self._memory, lost = load(found, self.ema_model, plan, self.precision)
             self._make_plan()
-            said = [f"The state was loaded; but {'; '.join(remarks)}."] if remarks else []
+            lost += remarks
+            said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
             if found.update_index is not None:
                 self.update_index = found.update_index
             if found.schedule is not None:

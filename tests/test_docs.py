@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["schedules", "model_ema", "handler"]
+MODULES = ["schedules", "files", "rivals", "model_ema", "handler"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -32,11 +32,13 @@ def test_every_public_class_has_an_example() -> None:
 def test_readme_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ignite")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     names: dict[str, object] = {}
     for block in blocks:
         exec(block.replace("/tmp/ema_triton_readme", str(tmp_path)), names)
-    assert "foreach - " in capsys.readouterr().out or names["ema"].backend == "triton"
+    printed = capsys.readouterr().out
+    assert "foreach - " in printed or names["ema"].backend == "triton"
+    assert "2 updates" in printed
     names["saver"](names["trainer"])
     assert [file.suffix for file in tmp_path.iterdir()] == [".pt"]
     assert names["handler"].update_index == 10

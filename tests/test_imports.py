@@ -93,8 +93,18 @@ def test_without_ignite_the_handler_is_listed_all_the_same() -> None:
 
 def test_imports_go_down_the_floors() -> None:
     floors = [
-        {"schedules", "kernels", "pairs", "precision", "noise", "groups", "interrupts", "models"},
-        {"arguments", "companions", "saved", "watch"},
+        {
+            "schedules",
+            "kernels",
+            "pairs",
+            "precision",
+            "noise",
+            "groups",
+            "interrupts",
+            "models",
+            "files",
+        },
+        {"arguments", "companions", "rivals", "saved", "watch"},
         {"plan"},
         {"reference", "launch", "swap", "nonfinite", "distance", "loading"},
         {"backend"},
