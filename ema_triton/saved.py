@@ -42,7 +42,8 @@ class Saved(NamedTuple):
                 f"returned, but got {got}."
             )
         if not isinstance(state.get("weights"), Mapping):
-            if not any(isinstance(value, Tensor) for value in state.values()):
+            named = all(isinstance(name, str) for name in state)
+            if not named or not any(isinstance(value, Tensor) for value in state.values()):
                 raise ValueError(
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
@@ -76,7 +77,7 @@ class Saved(NamedTuple):
                     f"{rounding!r}. The checkpoint is damaged."
                 )
         update_index, schedule = state.get("update_index"), state.get("schedule")
-        if type(update_index) is not int or update_index < 0:
+        if type(update_index) is not int or not 0 <= update_index < 2**63:
             raise ValueError(
                 f"The state's update_index must be the number of updates made, but is "
                 f"{update_index!r}. The checkpoint is damaged."
