@@ -121,7 +121,9 @@ def _read_safetensors(path: str) -> Content:
     ):
         metadata: dict[str, str] = dict(file.metadata() or {})
         # Copies, as the file is mapped: its tensors would change, or crash, when it does.
-        weights: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in [*file.keys()]}
+        weights: dict[str, Tensor] = {
+            key: file.get_tensor(key).clone() for key in sorted(file.keys())
+        }
     checksum = metadata.pop(CHECKSUM, None)
     if checksum is not None and checksum != (found := _checksum(weights, metadata)):
         raise ValueError(
@@ -274,10 +276,10 @@ def _check_metadata(
                 f"The metadata has '{key}': '{value}', which would be taken for the checksum, or "
                 "for the name of a tied tensor. Nothing was written. Give it another key or value."
             )
-    if CHECKSUM in tied:
+    for name in tied.keys() & {CHECKSUM, FORMAT}:
         raise ValueError(
-            f"A tensor tied to '{tied[CHECKSUM]}' is named '{CHECKSUM}', which is where the "
-            "metadata has the checksum. Nothing was written. Leave out one of the two."
+            f"'{name}' is tied to '{tied[name]}', and the metadata, where names of tied tensors "
+            "stand, has something else by that name. Nothing was written. Leave it out."
         )
 
 

@@ -98,22 +98,33 @@ class Saved(NamedTuple):
         Raises:
             ValueError: Names, shapes or kinds of tensors differ.
         """
-        problems = [f"'{name}' is missing" for name in own if name not in self.weights]
-        problems += [f"'{name}' is unexpected" for name in self.weights if name not in own]
-        problems += [
+        missing = [f"'{name}' is missing" for name in own if name not in self.weights]
+        unexpected = [f"'{name}' is unexpected" for name in self.weights if name not in own]
+        unexpected += [
             f"'{name}' has a companion and no weight"
             for name in self.companions
             if name not in self.weights
         ]
-        for name in own.keys() & self.weights.keys():
+        differing = [
+            problem
+            for name, tensor in own.items()
             # Whatever a module makes of its extra state.
-            if isinstance(own[name], Tensor) and not name.endswith("_extra_state"):
-                problems += self._problems(name, own[name])
+            if isinstance(tensor, Tensor) and name in self.weights and not _is_extra(name)
+            for problem in self._problems(name, tensor)
+        ]
+        problems = [
+            ", ".join(found[:5]) + (f" and {len(found) - 5} more {what}" if len(found) > 5 else "")
+            for found, what in (
+                (missing, "are missing"),
+                (unexpected, "are unexpected"),
+                (differing, "do not fit"),
+            )
+            if found
+        ]
         if problems:
-            more = f" and {len(problems) - 10} more problems" if len(problems) > 10 else ""
             raise ValueError(
-                f"The state does not fit this EMA model: {', '.join(problems[:10])}{more}. Nothing "
-                "was loaded. Load it into the EMA of a model like the one it was saved from."
+                f"The state does not fit this EMA model: {', '.join(problems)}. Nothing was "
+                "loaded. Load it into the EMA of a model like the one it was saved from."
             )
 
     def _problems(self, name: str, own: Tensor) -> list[str]:
@@ -160,7 +171,7 @@ class Saved(NamedTuple):
         for name in self.weights:
             mine, value = own[name], self._value(name)
             weights[name] = value
-            if not isinstance(mine, Tensor) or name.endswith("_extra_state"):
+            if not isinstance(mine, Tensor) or _is_extra(name):
                 continue
             target = mine.dtype
             if name in exact:
@@ -192,6 +203,10 @@ class Saved(NamedTuple):
             return weight
         value = join(as_real(weight), self.companions[name].to(weight.device))
         return torch.view_as_complex(value) if weight.is_complex() else value
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith("_extra_state")
 
 
 def _loses_digits(value: Tensor, target: torch.dtype) -> bool:
