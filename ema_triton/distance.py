@@ -33,8 +33,9 @@ def measure(plan: Plan, squares: Callable[[Bucket], Tensor]) -> Distance:
         plan: A plan that is not stale.
         squares: The backend's sums of squares of a bucket's tensors, fp64 [tensors, 2].
     """
-    names = [name for bucket in plan.buckets for name in bucket.names]
-    found = [squares(bucket) for bucket in plan.buckets]
+    averaged = [bucket for bucket in plan.buckets if bucket.key.scale is not None]
+    names = [name for bucket in averaged for name in bucket.names]
+    found = [squares(bucket) for bucket in averaged]
     rows = torch.cat([sums.cpu() for sums in found]).tolist() if found else []
     modules: dict[str, list[list[float]]] = {}
     for name, row in zip(names, rows, strict=True):
@@ -44,6 +45,5 @@ def measure(plan: Plan, squares: Callable[[Bucket], Tensor]) -> Distance:
 
 
 def _roots(rows: list[list[float]]) -> tuple[float, float]:
-    return math.sqrt(math.fsum(row[0] for row in rows)), math.sqrt(
-        math.fsum(row[1] for row in rows)
-    )
+    apart, size = (math.hypot(*(math.sqrt(row[side]) for row in rows)) for side in (0, 1))
+    return apart, size

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Where the checksum stands among a safetensors file's metadata; the format has none of its own.
-CHECKSUM = "crc32"
+CHECKSUM = "ema_triton.crc32"
 # Metadata that other libraries write, and which is never the name of a tied tensor.
 FORMAT = "format"
 # The bit of a zip file's member that marks a folder; torch.save writes none.

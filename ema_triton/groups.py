@@ -74,9 +74,10 @@ class Groups(NamedTuple):
             for pattern in given:
                 if not any(fnmatchcase(name, pattern) for name in known):
                     near = get_close_matches(pattern, known, n=3) or [*names][:3]
+                    there = f"There are, for example, {', '.join(near)}" if near else "It has none"
                     raise ValueError(
                         f"{argument}: {pattern!r} matches no parameter, buffer or module of the "
-                        f"model, so it would do nothing. There are, for example, {', '.join(near)}."
+                        f"model, so it would do nothing. {there}."
                     )
 
     def scale(self, names: Iterable[str]) -> float | None:

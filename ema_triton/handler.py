@@ -259,7 +259,11 @@ class EMAHandler:
                 "This EMAHandler swaps around this engine's runs, and cannot update inside of "
                 "them. Attach it to the trainer."
             )
-        _check_name(name)
+        if name in _ENGINE_STATE:
+            raise ValueError(
+                f"The engine itself keeps something in engine.state.{name}, which the momentum "
+                "would overwrite. Choose another name, e.g. 'ema_momentum'."
+            )
         exists = hasattr(engine.state, name)
         shown = getattr(engine.state, name, None)
         earlier = {key: len(listeners) for key, listeners in engine._event_handlers.items()}
@@ -382,19 +386,27 @@ class EMAHandler:
                 f"every must be a number of updates, but got {every!r}. The distance is measured "
                 "after each so many of them: give an int from 1 on."
             )
-        _check_name(name, self._names[engine])
-        self._distances.setdefault(engine, {})[name] = every
+        mine = self._distances.setdefault(engine, {})
+        if name not in mine and hasattr(engine.state, name):
+            raise ValueError(
+                f"Something else is kept in engine.state.{name}, which the distance would "
+                "overwrite. Choose another name."
+            )
+        mine[name] = every
 
     def sync(self) -> None:
         """Copy the online model into the EMA model, e.g. after loading weights into it."""
         self.ema.sync()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, clone: bool = False) -> dict[str, Any]:
         """The state of `ema`: update index, schedule and weights, of plain types and tensors.
 
         A schedule that is not one of `ema_triton.schedules` is a function, which is not saved.
+
+        Args:
+            clone: Whether to copy the tensors, for a thread that saves while another one trains.
         """
-        return self.ema.state_dict()
+        return self.ema.state_dict(clone=clone)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, and go on from there, warm-up included.
@@ -426,9 +438,11 @@ class EMAHandler:
         momentum = momentum_from(self.schedule, next_index)
         shown: Any = getattr(engine.state, name, None)
         driven = shown is not None and not self._wrote(engine, name, shown)
+        if isinstance(self.schedule, Delayed) and shown == 1:
+            driven = False  # the delay wrote it, before the engine's state was saved and loaded
         delayed = isinstance(self.schedule, Delayed) and next_index <= self.schedule.updates
-        if driven and not delayed and isinstance(self._undelayed, Constant):
-            self.ema.update(shown)
+        if driven and isinstance(self._undelayed, Constant):
+            self.ema.update(momentum if delayed else shown)
         else:
             self.ema.update(momentum)
             self._write(engine, name, momentum)
@@ -466,14 +480,6 @@ def _check_engine(engine: object, argument: str, which: str) -> None:
     if not isinstance(engine, Engine):
         raise TypeError(
             f"{argument} must be an Ignite Engine, {which}, but got {type(engine).__name__}."
-        )
-
-
-def _check_name(name: str, *taken: str) -> None:
-    if name in _ENGINE_STATE or name in taken:
-        raise ValueError(
-            f"The engine itself keeps something in engine.state.{name}, which the momentum "
-            "would overwrite. Choose another name, e.g. 'ema_momentum'."
         )
 
 

@@ -112,11 +112,12 @@ def lerp(ema, online, momentum):
 
     Below 0.5 it is fma(momentum, online - ema, ema). From 0.5 on it is
     online - (online - ema) * (1 - momentum), contracted to fma(momentum - 1, online - ema, online).
-    Momentum 0 and 1 are exact.
+    Momentum 0 and 1 are exact; 1 copies, where torch.lerp makes NaN of an Inf or NaN in the EMA.
     """
     small = momentum < 0.5
     weight = tl.where(small, momentum, momentum - 1)
-    return tl.fma(tl.zeros_like(ema) + weight, online - ema, tl.where(small, ema, online))
+    value = tl.fma(tl.zeros_like(ema) + weight, online - ema, tl.where(small, ema, online))
+    return tl.where(momentum == 1, online, value)
 
 
 @triton.jit
@@ -334,8 +335,8 @@ def exchange_at(ema_ptrs, online_ptrs, mask):
 def squares(table_ptr, ema_ptr, companion_ptr, sums_ptr, ONLINE: tl.constexpr, BLOCK: tl.constexpr):
     """The program's chunk's sums of (ema - online)**2 and of online**2, to fp64 sums_ptr [rows, 2].
 
-    In fp64, where no square overflows and no sum forgets the small ones; a chunk's sums depend on
-    nothing but its elements.
+    In fp64, where no fp32's square overflows and no sum forgets the small ones; a chunk's sums
+    depend on nothing but its elements.
     """
     address, offset, length, aligned = chunk(table_ptr)
     ema = tl.multiple_of(ema_ptr + offset, 16)

@@ -42,7 +42,7 @@ def update(plan: Plan, momentum: float | Tensor) -> None:
             which the kernel reads, so that a captured CUDA graph follows its value.
     """
     for bucket in plan.buckets:
-        if obstacle(bucket) is None and bucket.key.scale is not None:
+        if obstacle(bucket) is None:
             bucket.count_update()
             _launch(bucket, momentum, len(bucket.chunk_table))
         else:
@@ -89,7 +89,7 @@ def prepare(plan: Plan) -> None:
         Exception: Whatever Triton raises where it cannot compile, for example without a C compiler.
     """
     for bucket in plan.buckets:
-        if obstacle(bucket) is None and bucket.key.scale is not None:
+        if obstacle(bucket) is None:
             _launch(bucket, 0.0, 0)  # a grid without programs is compiled and loaded, not launched
 
 

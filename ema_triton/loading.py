@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from ema_triton import files
 from ema_triton.pairs import clean_name, listed
+from ema_triton.places import Place
 from ema_triton.plan import Memory, Plan
 from ema_triton.rivals import weights_of
 from ema_triton.saved import Saved
@@ -82,14 +85,22 @@ def load(
 
 def _load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) -> None:
     """Load what fits; a module's own hook or extra state can fail all the same, half-way."""
-    tensors = [*plan.ema_tensors, *plan.copies.ema]
-    tensors += [kept for pair in plan.kept if (kept := pair.ema_slots[0].read()) is not None]
-    before = [tensor.to("cpu", copy=True) for tensor in tensors]
+    places = [*Place.all_of(ema_model)]
+    before = {id(place.tensor): place.tensor.to("cpu", copy=True) for place in places}
+    extra = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in ema_model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
     exact = [pair for pair, _, _ in plan.companions.current()]
     try:
         ema_model.load_state_dict(weights)
     except BaseException:
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
+        for place in places:
+            place.put_back()
+            place.tensor.copy_(before[id(place.tensor)])
         plan.companions.vouch_for(exact)
+        for module, state in extra:
+            with suppress(BaseException):  # it may be what failed; that is raised
+                module.set_extra_state(state)
         raise

@@ -5,6 +5,7 @@ It knows no training loop. It receives a momentum, or follows an optimizer and a
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -73,7 +74,7 @@ class ModelEMA:
             there is gets copied at every update.
         exclude: Those of `include` to copy all the same.
         momentum_scale: Factors for the momentum by name or glob, of which the first that matches a
-            tensor counts; a product above 1 is 1.
+            tensor counts; a product above 1 is 1, and a momentum of 1 copies whatever the factor.
         nonfinite: What an online value of NaN or Inf does to the EMA, or one too large for its
             dtype: "propagate" lets it in, as torch does; "skip" keeps the EMA's old value there
             and counts, see `nonfinite_count`; "raise" skips and raises FloatingPointError, at
@@ -153,7 +154,13 @@ class ModelEMA:
         self._captured: list[Plan] = []
         self._warned = False
         self._memory: Memory | None = Memory({}, seed, 0)
-        self._make_plan(ema_dtype)
+        plan = self._make_plan(ema_dtype)
+        if include is not None and all(bucket.key.scale is None for bucket in plan.buckets):
+            raise ValueError(
+                f"include={include!r} leaves nothing to average: it matches no floating parameter "
+                "(nor buffer, with handle_buffers='update'), or exclude takes all away. Give "
+                "patterns of what is to be averaged."
+            )
         self.ema_model.requires_grad_(False)
         self.ema_model.train(handle_buffers == "ema_train")
 
@@ -177,7 +184,7 @@ class ModelEMA:
             momentum: The weight of the online weights, in [0, 1]: a float, or a 0-d floating
                 tensor. One on the model's device is read by the kernel, so that a captured CUDA
                 graph follows its value (update once with it before the capture, to compile, and
-                keep this object as long as the graph); nothing waits for the device.
+                keep this object as long as the graph); nothing waits for the device. 1 copies.
 
         Raises:
             ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
@@ -302,9 +309,8 @@ class ModelEMA:
         return self._schedule
 
     @schedule.setter
-    def schedule(self, schedule: Schedule | None) -> None:
-        if schedule is not None:
-            check_schedule(schedule)
+    def schedule(self, schedule: Schedule) -> None:
+        check_schedule(schedule)
         self._schedule = schedule
 
     def nonfinite_count(self) -> int:
@@ -322,7 +328,7 @@ class ModelEMA:
                 "'raise'."
             )
         with self._lock:
-            return (self._plan or self._make_plan()).nonfinite_count()
+            return self._known_plan().nonfinite_count()
 
     def distance(self) -> Distance:
         r"""How far the EMA is from the online model, overall and by top-level module.
@@ -363,7 +369,7 @@ class ModelEMA:
         # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
         # from one among others by that name.
         with self._lock, torch.no_grad():
-            plan = self._plan or self._make_plan()
+            plan = self._known_plan()
             weights = self.ema_model.state_dict()
             if self._swap is None:
                 found: Mapping[str, Any] = weights
@@ -464,7 +470,7 @@ class ModelEMA:
             self._refuse_inside_swap(what)
             plan, _ = self._current_plan()
             self._memory, lost = load(found, self.ema_model, plan, self.precision)
-            self._make_plan()
+            self._backend = None  # no plan counts before there is one with this memory
             lost += remarks
             said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
             if found.update_index is not None:
@@ -477,13 +483,16 @@ class ModelEMA:
                         "loading."
                     )
                 self._schedule = found.schedule
+            self._make_plan()
             return said
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""
         with self._lock:
             self._refuse_inside_swap("copying or pickling the EMA")
-            memory = self._memory if self._plan is None else self._plan.memory()
+            memory = self._memory
+            if memory is None and self._plan is not None:
+                memory = self._plan.memory()
             state = {
                 **self.__dict__,
                 "_plan": None,
@@ -495,6 +504,13 @@ class ModelEMA:
             }
             del state["_lock"]
             return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
+        """All of it in one piece, while no other thread updates."""
+        with self._lock:
+            twin = memo[id(self)] = type(self).__new__(type(self))
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -541,6 +557,10 @@ class ModelEMA:
             self._make_plan()
         assert self._backend is not None
         return self._backend
+
+    def _known_plan(self) -> Plan:
+        """The last plan, stale or not, with all that is known beside the weights."""
+        return self._make_plan() if self._plan is None or self._memory is not None else self._plan
 
     def _current_plan(self) -> tuple[Plan, list[Tensor]]:
         """A plan that is not stale, and the online tensors that it copies."""

@@ -53,12 +53,15 @@ def complaint(plan: Plan, count: int, update_index: int) -> FloatingPointError:
         name
         for bucket in plan.buckets
         for name, source in zip(bucket.names, bucket.sources, strict=True)
-        if not bool(torch.isfinite(source).all())
+        if bucket.counters is not None and not bool(torch.isfinite(source).all())
     ]
+    elements = "1 element of the online model was"
+    if count != 1:
+        elements = f"{count} elements of the online model were"
     where = f", such as in {', '.join(map(repr, names[:3]))}" if names else ""
     return FloatingPointError(
-        f"{count} elements of the online model were NaN or Inf, or too large for the EMA's dtype, "
-        f"at update {update_index}{where}. The EMA has kept its old values there. Look for the "
-        "cause (learning rate, loss scale, data) and load a sound checkpoint, or go on with "
+        f"{elements} NaN or Inf, or too large for the EMA's dtype, at update "
+        f"{update_index}{where}. The EMA has kept its old values there. Look for the cause "
+        "(learning rate, loss scale, data) and load a sound checkpoint, or go on with "
         "nonfinite='skip'."
     )

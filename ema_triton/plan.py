@@ -76,13 +76,15 @@ class Bucket:
     sources: list[Tensor]
 
     def share(self, momentum: float | Tensor) -> float | Tensor:
-        """The momentum of this bucket's tensors."""
+        """The momentum of this bucket's tensors; 1 copies, whatever their factor."""
         scale = self.key.scale
-        if scale is None or scale == 1:
+        if scale is None:
+            return 1.0
+        if scale == 1:
             return momentum
         if isinstance(momentum, Tensor):
-            return (momentum * scale).clamp(max=1)
-        return min(momentum * scale, 1.0)
+            return torch.where(momentum == 1, momentum, (momentum * scale).clamp(max=1))
+        return 1.0 if momentum == 1 else min(momentum * scale, 1.0)
 
     def count_update(self) -> None:
         """To be called before each update, which rounds by this number where that is by chance."""

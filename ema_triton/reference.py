@@ -41,12 +41,12 @@ def update(plan: Plan, momentum: float | Tensor) -> None:
 
 
 def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
-    """ema = lerp(ema, online, momentum) for every tensor of the bucket, or ema = online."""
+    """ema = lerp(ema, online, momentum) for every tensor of the bucket."""
     key, compute = bucket.key, _compute_dtype(bucket)
-    if key.scale is None:
+    momentum = bucket.share(momentum)
+    if bucket.counters is None and bucket.draws is None and _copies(momentum):
         copy_bucket(bucket)
         return
-    momentum = bucket.share(momentum)
     in_place = key.ema_dtype == key.online_dtype and key.precision == "nearest"
     # A tensor weight must have the operands' dtype, and in bf16 it would keep two digits only.
     if (
@@ -67,14 +67,15 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
     bucket.count_update()
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
     for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
-        if step.old is None:
-            torch._foreach_copy_(step.places, step.parts)
-            step.load().lerp_(step.online, weight)
-        else:
+        if step.old is not None:
             step.online.zero_()  # between the tensors too, where nothing is to be counted
-            torch._foreach_copy_(step.places, step.parts)
             step.old.copy_(step.load())
-            step.ema.lerp_(step.online, weight)
+        torch._foreach_copy_(step.places, step.parts)
+        if _copies(weight):
+            step.ema.copy_(step.online)
+        else:
+            step.load().lerp_(step.online, weight)
+        if step.old is not None:
             step.spare()
         step.store()
 
@@ -180,6 +181,10 @@ class _Step(NamedTuple):
         elif self.noise is not None and self.draws is not None:
             drawn = self.noise.draw(self.draws, self.begin, self.weight.numel())
             narrow_stochastic(value, drawn, self.weight, self.scratch)
+
+
+def _copies(momentum: float | Tensor) -> bool:
+    return isinstance(momentum, float) and momentum == 1
 
 
 def _move(source: Tensor, target: Tensor) -> None:

@@ -183,8 +183,8 @@ def _is_dense(value: object) -> TypeGuard[Tensor]:
 
 
 def _place(value: object) -> object:
-    """Where a tensor lies, the same for tied ones alone; None: it has no memory."""
-    if not isinstance(value, Tensor) or not value.numel() or not value.data_ptr():
+    """Where a tensor lies, the same for tied ones alone; None: nowhere."""
+    if not isinstance(value, Tensor) or not value.numel():
         return None
     return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_triton.pairs import REAL_DTYPE, clean_name, listed
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
-from ema_triton.schedules import Schedule, schedule_from_state
+from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 
 # The format of ModelEMA.state_dict().
 VERSION = 1
+
+# What can be copied into another dtype, beside what can be averaged.
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Saved(NamedTuple):
@@ -49,11 +52,12 @@ class Saved(NamedTuple):
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
             weights: Any = OrderedDict((clean_name(name), value) for name, value in state.items())
-            weights._metadata = getattr(state, "_metadata", None)
+            weights._metadata = _module_versions(state)
             return cls(weights, {}, None, 0, 0, None, None)
-        if state.get("version") != VERSION:
+        version = state.get("version")
+        if type(version) is not int or version != VERSION:
             raise ValueError(
-                f"The state has version {state.get('version')!r}, but this release of ema_triton "
+                f"The state has version {version!r}, but this release of ema_triton "
                 f"reads version {VERSION}. Use the release that wrote it."
             )
         precision, companions = state.get("precision"), state.get("companions")
@@ -61,35 +65,42 @@ class Saved(NamedTuple):
         if (
             precision not in PRECISIONS
             or not isinstance(companions, Mapping)
-            or "rounding" not in state
-            or isinstance(rounding, Mapping) != (precision == "stochastic")
+            or not (
+                isinstance(rounding, Mapping) if precision == "stochastic" else rounding is None
+            )
+            or not {"rounding", "update_index", "schedule"} <= state.keys()
         ):
             raise ValueError(
                 f"The state's precision is {precision!r}, with companions of type "
-                f"{type(companions).__name__} and rounding of type {type(rounding).__name__}. That "
-                f"is no state of a precision of {', '.join(PRECISIONS)}: the checkpoint is damaged."
+                f"{type(companions).__name__} and rounding of type {type(rounding).__name__}, "
+                f"among the keys {[*state][:9]}. That is no state of a precision of "
+                f"{', '.join(PRECISIONS)}: the checkpoint is damaged."
             )
-        counts = [rounding.get(key) for key in ("seed", "updates")] if rounding else [0, 0]
-        for count in counts:
-            if type(count) is not int or not 0 <= count < 2**63:
-                raise ValueError(
-                    f"The state's rounding should be a seed and a number of updates, but is "
-                    f"{rounding!r}. The checkpoint is damaged."
-                )
-        update_index, schedule = state.get("update_index"), state.get("schedule")
-        if type(update_index) is not int or not 0 <= update_index < 2**63:
+        counts = {"seed": 0, "updates": 0} if rounding is None else {**rounding}
+        if counts.keys() != {"seed", "updates"} or not all(map(_is_count, counts.values())):
+            raise ValueError(
+                f"The state's rounding should be a seed and a number of updates, but is "
+                f"{rounding!r}. The checkpoint is damaged."
+            )
+        update_index, schedule = state["update_index"], state["schedule"]
+        if not _is_count(update_index):
             raise ValueError(
                 f"The state's update_index must be the number of updates made, but is "
                 f"{update_index!r}. The checkpoint is damaged."
             )
+        if schedule is not None:
+            schedule = schedule_from_state(schedule)
+            try:
+                momentum_from(schedule, update_index + 1)
+            except (ArithmeticError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"The state's schedule gives no momentum for its next update: {error}. The "
+                    "checkpoint is damaged."
+                ) from error
+        weights = OrderedDict(state["weights"])
+        weights._metadata = _module_versions(state["weights"])
         return cls(
-            state["weights"],
-            companions,
-            precision,
-            seed=counts[0],
-            updates=counts[1],
-            update_index=update_index,
-            schedule=None if schedule is None else schedule_from_state(schedule),
+            weights, companions, precision, **counts, update_index=update_index, schedule=schedule
         )
 
     def check_fit(self, own: Mapping[str, Any]) -> None:
@@ -103,7 +114,7 @@ class Saved(NamedTuple):
         unexpected += [
             f"'{name}' has a companion and no weight"
             for name in self.companions
-            if name not in self.weights
+            if name not in self.weights or not isinstance(own.get(name), Tensor) or _is_extra(name)
         ]
         differing = [
             problem
@@ -131,13 +142,13 @@ class Saved(NamedTuple):
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
             return [f"'{name}' is a {type(weight).__name__}, not a tensor"]
+        if not _is_whole(weight):
+            return [f"'{name}' is sparse, nested, quantized, uninitialized, or a lazy view"]
         if weight.shape != own.shape:
             return [f"'{name}' is {tuple(weight.shape)} in the state but {tuple(own.shape)} here"]
         if weight.is_meta:
             return [f"'{name}' is on the meta device, without values"]
-        if weight.layout != torch.strided or weight.is_conj() or weight.is_neg():
-            return [f"'{name}' is sparse or a lazy view; save a dense, resolved tensor"]
-        if weight.is_floating_point() and weight.dtype not in REAL_DTYPE:
+        if weight.dtype not in REAL_DTYPE and weight.dtype not in INTEGERS:
             return [f"'{name}' is {weight.dtype}, which has to be converted first"]
         if weight.is_complex() != own.is_complex():
             return [f"'{name}' is {weight.dtype} in the state but {own.dtype} here"]
@@ -145,6 +156,7 @@ class Saved(NamedTuple):
             companion, real = self.companions[name], as_real(weight)
             if (
                 not isinstance(companion, Tensor)
+                or not _is_whole(companion)
                 or companion.dtype != COMPANION_DTYPE.get(real.dtype)
                 or companion.shape != real.shape
                 or companion.is_meta
@@ -168,8 +180,11 @@ class Saved(NamedTuple):
         values: dict[str, Tensor] = {}
         rounded: list[str] = []
         unknown: list[str] = []
+        shared = {_storage(tensor) for tensor in own.values() if isinstance(tensor, Tensor)}
         for name in self.weights:
             mine, value = own[name], self._value(name)
+            if isinstance(value, Tensor) and _storage(value) in shared:
+                value = value.clone()  # it may be overwritten before its turn
             weights[name] = value
             if not isinstance(mine, Tensor) or _is_extra(name):
                 continue
@@ -203,6 +218,38 @@ class Saved(NamedTuple):
             return weight
         value = join(as_real(weight), self.companions[name].to(weight.device))
         return torch.view_as_complex(value) if weight.is_complex() else value
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _module_versions(weights: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The modules' versions beside a state dict, which nn.Module.load_state_dict compares."""
+    versions = getattr(weights, "_metadata", None)
+    if not isinstance(versions, Mapping):
+        return None
+    return OrderedDict(
+        (name, version)
+        for name, version in versions.items()
+        if isinstance(version, Mapping) and type(version.get("version")) in (int, type(None))
+    )
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether its values are in its memory, as they are."""
+    return not (
+        nn.parameter.is_lazy(tensor)
+        or tensor.layout != torch.strided
+        or tensor.is_nested
+        or tensor.is_quantized
+        or tensor.is_conj()
+        or tensor.is_neg()
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_extra(name: str) -> bool:

@@ -396,10 +396,12 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
     kind = _SCHEDULES.get(str(name))
     problem = f"its name is not one of {', '.join(_SCHEDULES)}"
     if kind is not None:
-        inner = values.get("schedule")
-        if kind is Delayed and isinstance(inner, Mapping) and inner.get("name") != name:
-            values["schedule"] = schedule_from_state(inner)
         try:
+            inner = values.get("schedule")
+            if kind is Delayed and isinstance(inner, Mapping) and inner.get("name") != name:
+                values["schedule"] = schedule_from_state(inner)
+            elif kind is Delayed:
+                raise TypeError("its schedule is not one that can be delayed")
             return kind(**values)
         except (TypeError, ValueError) as error:
             known = ", ".join(field.name for field in fields(kind))

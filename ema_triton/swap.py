@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.pairs import listed
+from ema_triton.places import Place
 from ema_triton.plan import Bucket, Plan
 
 
@@ -23,7 +24,7 @@ class Swap:
 
     def __init__(self, model: nn.Module, plan: Plan, exchange: Callable[[Bucket], None]) -> None:
         self._model, self._plan, self._exchange = model, plan, exchange
-        overlapping = _overlapping(plan.buckets)
+        overlapping = self._overlapping = _overlapping(plan.buckets)
         self._in_place = [
             bucket
             for bucket in plan.buckets
@@ -49,13 +50,13 @@ class Swap:
         self._pairs = plan.averaged
         self._moved = [pair for pair in self._pairs if pair.name in names]
         self._places = [
-            _Place(slot.owner, slot.key, tensor)
+            Place(slot.owner, slot.key, tensor)
             for pair in self._pairs
             for tensor, slots in ((pair.online, pair.online_slots), (pair.ema, pair.ema_slots))
             for slot in slots
         ]
         self._buffers = [
-            _Place(owner, key, tensor)
+            Place(owner, key, tensor)
             for owner, key, tensor in zip(plan.copies.owners, plan.copies.keys, online, strict=True)
         ]
         self._versions: list[int] = []
@@ -71,6 +72,7 @@ class Swap:
                     self._exchanged.append(bucket)
                 for tensor, value in self._aside:
                     tensor.detach().copy_(value)
+                self._check_overlapping()
         except BaseException:
             self._restore()
             raise
@@ -127,6 +129,17 @@ class Swap:
                 tensor.detach().copy_(value)
         self._waiting = []
 
+    def _check_overlapping(self) -> None:
+        """Online tensors that share memory cannot hold different values of the EMA."""
+        for bucket in self._overlapping:
+            for name, online, ema in zip(bucket.names, bucket.sources, bucket.targets, strict=True):
+                if not torch.equal(online.nan_to_num(), ema.to(online.dtype).nan_to_num()):
+                    raise ValueError(
+                        f"'{name}' shares its memory with another tensor of the online model, but "
+                        "not its values with that one's in the EMA model, so the online model "
+                        "cannot hold both. Tie them before building the EMA, or evaluate ema_model."
+                    )
+
     def _tell(self) -> None:
         """Autograd, which sees no kernel's writes."""
         torch.autograd.graph.increment_version(
@@ -137,28 +150,6 @@ class Swap:
     def _current_versions(self) -> list[int]:
         tensors = [place.tensor for place in self._places]
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-class _Place:
-    """A slot, the tensor in it, and that tensor's memory."""
-
-    def __init__(self, owner: dict[str, Tensor | None], key: str, tensor: Tensor) -> None:
-        self.owner, self.key, self.tensor = owner, key, tensor
-        self.data = tensor.detach()
-
-    def put_back(self) -> bool:
-        """Whether another tensor, or other memory, was there."""
-        found = self.owner.get(self.key) is not self.tensor
-        if found:
-            self.owner[self.key] = self.tensor
-        if _memory(self.tensor) != _memory(self.data):
-            self.tensor.data = self.data
-            found = True
-        return found
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _overlapping(buckets: Iterable[Bucket]) -> list[Bucket]:

@@ -103,6 +103,7 @@ def test_imports_go_down_the_floors() -> None:
             "interrupts",
             "models",
             "files",
+            "places",
         },
         {"arguments", "companions", "rivals", "saved", "watch"},
         {"plan"},

@@ -1,0 +1,40 @@
+"""Where a tensor was, to be put back there whatever became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Place:
+    """A slot, the tensor in it, and that tensor's memory."""
+
+    def __init__(self, owner: dict[str, Tensor | None], key: str, tensor: Tensor) -> None:
+        self.owner, self.key, self.tensor = owner, key, tensor
+        self._data = tensor.detach()
+
+    @classmethod
+    def all_of(cls, model: nn.Module) -> Iterator[Place]:
+        """Those of all parameters and buffers."""
+        for module in model.modules():
+            owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for owner in owners:
+                for key, tensor in owner.items():
+                    if tensor is not None:
+                        yield cls(owner, key, tensor)
+
+    def put_back(self) -> bool:
+        """Whether another tensor, or other memory, was there."""
+        found = self.owner.get(self.key) is not self.tensor
+        if found:
+            self.owner[self.key] = self.tensor
+        if _memory(self.tensor) != _memory(self._data):
+            self.tensor.data = self._data
+            found = True
+        return found
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

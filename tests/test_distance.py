@@ -1,0 +1,340 @@
+"""How far the EMA says it is from the online model: against exact sums, and in `engine.state`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ema_triton import EMAHandler, ModelEMA
+from ema_triton.distance import Distance
+from tests.strategies import REFERENCE_DTYPES, Layout, layouts
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ("foreach", "triton")
+EPS = 2.0**-53
+
+
+def norm(values: list[Tensor]) -> float:
+    """Of float64 values, with exact products' roundings only: fsum makes none of its own."""
+    return math.sqrt(
+        math.fsum(x * x for value in values for x in value.double().flatten().tolist())
+    )
+
+
+def bound(elements: int) -> float:
+    """How far apart two float64 norms of so many elements may be, relatively.
+
+    Each difference, and each square of it, is rounded once: 3 units of each square, all of one
+    sign. Summed in any order, in each of fewer than `elements` additions once more. A root halves
+    that and is rounded itself, and the oracle has as much without the sum: so this is twice enough.
+    """
+    return (elements + 8) * EPS
+
+
+def assert_distance(found: Distance, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """The pairs are what the EMA holds, and what is online."""
+    limit = bound(sum(ema.numel() for ema, _ in pairs))
+    apart = norm([ema.double() - online.double() for ema, online in pairs])
+    assert found.distance == pytest.approx(apart, rel=limit, abs=0)
+    assert found.norm == pytest.approx(norm([online for _, online in pairs]), rel=limit, abs=0)
+
+
+def parameters(tensors: list[Tensor]) -> nn.ParameterList:
+    """A module with these tensors, at just these strides."""
+    module = nn.ParameterList([nn.Parameter(torch.empty(0)) for _ in tensors])
+    for parameter, tensor in zip(module, tensors, strict=True):
+        parameter.data = tensor
+    return module
+
+
+def held(ema: ModelEMA) -> dict[str, Tensor]:
+    """What the EMA holds; an exact one's fp32 from the two halves that its state has."""
+    state = ema.state_dict()
+    found = {name: value.detach().cpu() for name, value in state["weights"].items()}
+    for name, rest in state["companions"].items():
+        if rest.dtype == torch.float32:
+            found[name] = rest.cpu()
+        else:
+            high = found[name].contiguous().view(torch.int16).int() << 16
+            found[name] = (high + rest.cpu().contiguous().int()).view(torch.float32)
+    return found
+
+
+def pairs_of(ema: ModelEMA) -> list[tuple[Tensor, Tensor]]:
+    online = dict(ema.model.named_parameters())
+    return [(held(ema)[name], tensor.detach().cpu()) for name, tensor in online.items()]
+
+
+SHAPES = st.lists(st.tuples(layouts(), st.sampled_from(REFERENCE_DTYPES)), min_size=1, max_size=4)
+
+
+@settings(max_examples=40)
+@given(SHAPES, st.sampled_from(["exact", "nearest"]), st.integers(0, 2**20))
+def test_both_backends_measure_what_exact_sums_do(
+    cases: list[tuple[Layout, tuple[torch.dtype, torch.dtype]]], precision: str, seed: int
+) -> None:
+    found = []
+    for backend in BACKENDS:
+        online = [x.tensor(kinds[1], DEVICE, seed + i, None) for i, (x, kinds) in enumerate(cases)]
+        mine = [x.tensor(kinds[0], DEVICE, seed - i, None) for i, (x, kinds) in enumerate(cases, 1)]
+        ema = ModelEMA(
+            parameters(online), ema_model=parameters(mine), precision=precision, backend=backend
+        )
+        ema.update(0.25)
+        assert_distance(ema.distance(), pairs_of(ema))
+        found.append(ema.distance())
+    elements = sum(tensor.numel() for tensor in online)
+    # Their EMAs have rounded alike, since the momentum's products are exact.
+    assert found[0].distance == pytest.approx(found[1].distance, rel=2 * bound(elements), abs=0)
+    assert found[0].modules.keys() == found[1].modules.keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("ema_dtype", "online_dtype"), REFERENCE_DTYPES)
+def test_every_dtype_pair(ema_dtype: torch.dtype, online_dtype: torch.dtype, backend: str) -> None:
+    """Chunks with and without a tail, one not aligned, one with gaps, one turned, a single one."""
+    shapes = [
+        Layout((8200,), (0,), 0, 0),
+        Layout((8193,), (0,), 1, 0),
+        Layout((33, 5), (0, 1), 0, 1),
+        Layout((3, 9, 5), (2, 0, 1), 0, 0),
+        Layout((), (), 0, 0),
+        Layout((0, 3), (0, 1), 0, 0),
+    ]
+    online = parameters([x.tensor(online_dtype, DEVICE, 3 + i, None) for i, x in enumerate(shapes)])
+    mine = parameters([x.tensor(ema_dtype, DEVICE, 50 + i, None) for i, x in enumerate(shapes)])
+    ema = ModelEMA(online, ema_model=mine, backend=backend)
+    ema.update(0.25)
+    pairs = pairs_of(ema)
+    assert_distance(ema.distance(), pairs)
+    # The controls: one element less, of the largest tensor, is told; and who is who matters.
+    pairs[0] = (pairs[0][0][1:], pairs[0][1][1:])
+    with pytest.raises(AssertionError):
+        assert_distance(ema.distance(), pairs)
+    with pytest.raises(AssertionError):
+        assert_distance(ema.distance(), [(one, other) for other, one in pairs_of(ema)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_exact_ema_is_measured_by_what_it_accumulates(dtype: torch.dtype, backend: str) -> None:
+    model = nn.ParameterList([torch.full((100,), 1.0, dtype=dtype)]).to(DEVICE)
+    emas = [ModelEMA(model, precision=kind, backend=backend) for kind in ("exact", "nearest")]
+    model[0].data.fill_(2.0)
+    for ema in emas:
+        # The momentum is far below half a spacing of 1: only the exact one moves.
+        with pytest.warns(UserWarning, match="stands still") if ema is emas[1] else nullcontext():
+            ema.update(2.0**-13)
+    assert emas[0].ema_model[0].eq(1.0).all()
+    assert [ema.distance().distance for ema in emas] == [10 * (1 - 2.0**-13), 10.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e30, 1e-30, 1.0])
+def test_large_and_small_values_neither_overflow_nor_vanish(size: float, backend: str) -> None:
+    """Whose squares fp32 could not hold; beside large ones, 1000 small ones are not forgotten."""
+    online = torch.full((1024,), 3 * size, device=DEVICE)
+    ema = ModelEMA(parameters([online]), ema_model=parameters([online * 2]), backend=backend)
+    assert_distance(ema.distance(), pairs_of(ema))
+    assert ema.distance().distance == pytest.approx(3 * size * 32, rel=1e-6)
+    mixed = torch.full((1025,), 1e-3, device=DEVICE)
+    mixed[7] = 1e3
+    mixed = ModelEMA(parameters([mixed]), ema_model=parameters([mixed * 0]), backend=backend)
+    assert mixed.distance().norm > 1e3  # in fp32 the sum would be that of the large one alone
+    assert_distance(mixed.distance(), pairs_of(mixed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_norm_of_doubles_ends_in_pythons_words(backend: str) -> None:
+    """A sum that float64 cannot hold is Inf, as it is within a tensor."""
+    for tensors in ([1.2e154, 1.2e154], [1e200]):
+        online = [torch.tensor([x], dtype=torch.float64, device=DEVICE) for x in tensors]
+        assert ModelEMA(parameters(online), backend=backend).distance().norm > 1e154
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_shows(bad: float, backend: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(DEVICE)
+    ema = ModelEMA(model, nonfinite="skip", backend=backend)
+    model[0].weight.data[0, 0] = bad
+    found = ema.distance()
+    assert not any(map(math.isfinite, (*found[:2], *found.modules["0"][:2])))
+    assert all(map(math.isfinite, found.modules["1"][:2]))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((2,), 3.0))
+        self.body = nn.Sequential(nn.Linear(1, 4, bias=False), nn.Linear(4, 1, bias=False))
+        self.head = nn.Linear(4, 1, bias=False)
+        self.tied = self.head.weight
+        self.register_buffer("copied", torch.full((9,), 5.0))
+        for parameter in (*self.body.parameters(), self.head.weight):
+            parameter.data.fill_(2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modules_are_those_at_the_top(backend: str) -> None:
+    """Tensors of the model itself are under "", a tied one counts once, buffers not."""
+    ema = ModelEMA(Net().to(DEVICE), backend=backend)
+    for parameter in ema.ema_model.parameters():
+        parameter.data.add_(1.0)
+    ema.ema_model.copied.zero_()
+    found = ema.distance()
+    assert found[:2] == (math.sqrt(2 + 8 + 4), math.sqrt(18 + 32 + 16))
+    # The tied one is under the first of its names, which is the model's own.
+    whole = {"": (math.sqrt(2 + 4), math.sqrt(18 + 16)), "body": (math.sqrt(8), math.sqrt(32))}
+    assert {name: value[:2] for name, value in found.modules.items()} == whole
+    assert all(value.modules == {} for value in found.modules.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_averaged_is_measured(backend: str) -> None:
+    ema = ModelEMA(Net().to(DEVICE), exclude=["body", "scale"], backend=backend)
+    for parameter in ema.ema_model.parameters():
+        parameter.data.add_(1.0)
+    assert ema.distance()[:2] == (2.0, 4.0)
+    assert [*ema.distance().modules] == [""]
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False)).to(DEVICE)
+    for handling, expected in (("update", 4.0), ("copy", 0.0), ("ema_train", 0.0)):
+        ema = ModelEMA(model, handle_buffers=handling, backend="foreach")
+        ema.ema_model[0].running_mean.fill_(2.0)
+        assert ema.distance().distance == expected
+
+
+@pytest.mark.parametrize("model", [nn.Identity(), nn.ParameterList([torch.empty(0)])])
+def test_without_parameters_there_is_no_distance(model: nn.Module) -> None:
+    assert ModelEMA(model).distance() == Distance(0.0, 0.0, {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_measures_the_present_and_changes_nothing(backend: str) -> None:
+    model = nn.Linear(2, 2, bias=False, device=DEVICE)
+    model.weight.data.fill_(1.0)
+    ema = ModelEMA(model, backend=backend)
+    assert ema.distance() == Distance(0.0, 2.0, {"": Distance(0.0, 2.0, {})})
+    model.weight = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64, device=DEVICE))
+    for _ in range(2):
+        assert ema.distance()[:2] == (4.0, 6.0)
+    assert (ema.update_index, ema.ema_model.weight.eq(1).all().item()) == (0, True)
+    with ema.swapped(), pytest.raises(RuntimeError, match=r"distance\(\) while the models' weigh"):
+        ema.distance()
+    model.weight = nn.Parameter(torch.zeros(3, 3, device=DEVICE))
+    with pytest.raises(ValueError, match="'weight' is"):
+        ema.distance()
+
+
+def test_complex_numbers_have_their_absolute_value() -> None:
+    model = nn.ParameterList([torch.tensor([3 + 4j, 0])])
+    ema = ModelEMA(model)
+    ema.ema_model[0].data.zero_()
+    assert ema.distance()[:2] == (5.0, 5.0)
+
+
+# --- In engine.state ----------------------------------------------------------------------------
+
+ignite_engine = pytest.importorskip("ignite.engine")
+Engine, Events = ignite_engine.Engine, ignite_engine.Events
+
+
+@pytest.fixture
+def trained() -> Iterator[tuple[Engine, EMAHandler, list]]:
+    """Body and head move away by 1 an iteration, of which each update halves the EMA's way."""
+    model = nn.ModuleDict({"body": nn.Linear(1, 1, bias=False), "head": nn.Linear(4, 1)})
+    for parameter in model.parameters():
+        parameter.data.fill_(0.0)
+    handler, seen = EMAHandler(model, 0.5), []
+    engine = Engine(lambda engine, batch: [p.data.add_(1.0) for p in model.parameters()] and None)
+    handler.attach(engine, event=Events.ITERATION_COMPLETED(every=2))
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append(getattr(engine.state, "ema_distance", None))
+    )
+    logging.disable(logging.ERROR)  # Ignite logs what a run raises
+    yield engine, handler, seen
+    logging.disable(logging.NOTSET)
+
+
+def test_it_is_shown_after_each_so_many_updates(trained: tuple) -> None:
+    engine, handler, seen = trained
+    handler.attach_distance(engine, every=3)
+    handler.attach_distance(engine, every=1, name="each")
+    engine.run(range(13))
+    # 2 iterations to an update: at the third, the sixth.
+    assert [value is not None for value in seen] == [False] * 5 + [True] * 8
+    assert all(value is seen[5] for value in seen[5:11])
+    assert seen[11] is not seen[5]
+    apart = 1.0  # of a parameter after the update: half of what it was, and of 2 more
+    for _ in range(5):
+        apart = (apart + 2) / 2
+    assert seen[11] == {
+        "distance": pytest.approx(apart * math.sqrt(6)),
+        "norm": pytest.approx(12 * math.sqrt(6)),
+        "modules": {
+            "body": {"distance": apart, "norm": 12.0},
+            "head": {
+                "distance": pytest.approx(apart * math.sqrt(5)),
+                "norm": pytest.approx(12 * math.sqrt(5)),
+            },
+        },
+    }
+    assert engine.state.each == seen[11]
+    handler.detach()
+    engine.state.ema_distance = None
+    engine.run(range(13), max_epochs=2)
+    assert engine.state.ema_distance is None
+
+
+def test_loggers_name_its_entries(trained: tuple) -> None:
+    base_logger = pytest.importorskip("ignite.handlers.base_logger")
+
+    class Output(base_logger.BaseOutputHandler):
+        def __call__(self, engine: Engine, logger: object, event_name: object) -> None: ...
+
+    engine, handler, _ = trained
+    handler.attach_distance(engine, every=1)
+    engine.run(range(2))
+    output = Output("train", state_attributes=["ema_distance", "ema_momentum"])
+    found = output._setup_output_metrics_state_attrs(engine, key_tuple=False)
+    top = [f"train/ema_distance/{name}" for name in ("distance", "norm")]
+    below = [
+        f"train/ema_distance/modules/{module}/{name}"
+        for module in ("body", "head")
+        for name in ("distance", "norm")
+    ]
+    assert sorted(found) == sorted([*top, *below, "train/ema_momentum"])
+    assert all(type(value) is float for value in found.values())
+
+
+def test_wrong_uses_are_refused(trained: tuple) -> None:
+    engine, handler, _ = trained
+    with pytest.raises(RuntimeError, match="not attached to this engine"):
+        handler.attach_distance(Engine(lambda engine, batch: None))
+    for wrong in (0, -1, 1.0, True, None):
+        with pytest.raises(ValueError, match="every must be a number of updates"):
+            handler.attach_distance(engine, every=wrong)
+    for taken in ("iteration", "metrics", "ema_momentum"):
+        with pytest.raises(ValueError, match=f"engine.state.{taken}"):
+            handler.attach_distance(engine, name=taken)
+    engine.run(range(4))
+    assert not hasattr(engine.state, "ema_distance")
+
+
+def test_it_takes_no_name_that_something_else_has(trained: tuple) -> None:
+    engine, handler, _ = trained
+    other = EMAHandler(handler.model, 0.25)
+    other.attach(engine, name="other_momentum")
+    engine.state.mine = 1
+    for taken in ("other_momentum", "mine"):
+        with pytest.raises(ValueError, match=taken):
+            handler.attach_distance(engine, every=1, name=taken)

@@ -1,0 +1,439 @@
+"""What the EMA is spared where the online model is not finite, and how that is counted and told."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ema_triton import EMAHandler, ModelEMA, reference
+from ema_triton.precision import PRECISIONS, join
+from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout
+
+pytest.importorskip("triton")
+# Triton's interpreter computes with numpy, which warns of these.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in:RuntimeWarning")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF, NAN = float("inf"), float("nan")
+BAD = (NAN, INF, -INF)
+HALF = torch.float16
+LOW = (torch.bfloat16, HALF)
+BACKENDS = ("foreach", "triton")
+
+
+def parameters(tensors: list[Tensor]) -> nn.ParameterList:
+    """A module with copies of these tensors, at just these strides."""
+    module = nn.ParameterList([nn.Parameter(torch.empty(0)) for _ in tensors])
+    for parameter, tensor in zip(module, tensors, strict=True):
+        parameter.data = tensor
+    return module
+
+
+def guarded(
+    online: list[Tensor], ema: list[Tensor], nonfinite: str = "skip", **options
+) -> ModelEMA:
+    mine = parameters([tensor.clone() for tensor in ema])
+    return ModelEMA(parameters(online), ema_model=mine, nonfinite=nonfinite, **options)
+
+
+def values(ema: ModelEMA) -> list[Tensor]:
+    """What the EMA holds, as an exact one accumulates it."""
+    state = ema.state_dict()
+    found, beside = state["weights"], state["companions"]
+    tensors = [join(w, beside[n]) if n in beside else w for n, w in found.items()]
+    return [torch.view_as_real(t).clone() if t.is_complex() else t.clone() for t in tensors]
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal bits, but for NaNs and the sign of 0."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(nan=0.0), other.nan_to_num(nan=0.0)
+    )
+
+
+# Two chunks, aligned, and not; transposed; a gap between elements; an odd end; a single one.
+LAYOUTS = [
+    Layout((8200,), (0,), 0, 0),
+    Layout((8193,), (0,), 1, 0),
+    Layout((33, 5), (1, 0), 3, 0),
+    Layout((9, 7), (0, 1), 0, 1),
+    Layout((7,), (0,), 8, 0),
+    Layout((), (), 1, 0),
+]
+CASES = [
+    (ema, online, precision)
+    for ema, online in REFERENCE_DTYPES
+    for precision in (PRECISIONS if ema in LOW else ("nearest",))
+]
+
+
+def spoil(tensor: Tensor, shift: int) -> Tensor:
+    """Put NaN, Inf and -Inf at the ends, around chunk borders and between; returns the mask."""
+    size = tensor.numel()
+    places = {i for i in (0, 3, 8, 2047, 8184, 8191, 8192, size // 2, size - 1) if i < size}
+    mask = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+    for number, place in enumerate(sorted(places), start=shift):
+        index = torch.unravel_index(torch.tensor(place), tensor.shape)
+        tensor[index] = BAD[number % 3]
+        mask[index] = True
+    return mask
+
+
+@pytest.mark.parametrize(("ema_dtype", "online_dtype", "precision"), CASES)
+def test_neighbours_of_bad_elements_are_averaged_as_without_a_guard(
+    ema_dtype: torch.dtype, online_dtype: torch.dtype, precision: str
+) -> None:
+    def online() -> list[Tensor]:
+        return [x.tensor(online_dtype, DEVICE, seed, None) for seed, x in enumerate(LAYOUTS)]
+
+    old = [x.tensor(ema_dtype, DEVICE, seed + 50, None) for seed, x in enumerate(LAYOUTS)]
+    bad = online()
+    masks = [spoil(tensor, number) for number, tensor in enumerate(bad)]
+    kind = {"precision": precision, "seed": 3}
+    twin = guarded(online(), old, "propagate", backend="foreach", **kind)
+    control = guarded(bad, old, "propagate", backend="foreach", **kind)
+    emas = [guarded(bad, old, backend=backend, **kind) for backend in BACKENDS]
+    before = values(twin)
+    for momentum in (0.25, 1.0):  # fp32 products are exact, so that both backends round alike
+        for tested in (twin, control, *emas):
+            tested.update(momentum)
+        for tested in emas:
+            rows = zip(values(tested), values(twin), before, masks, strict=True)
+            for mine, theirs, was, mask in rows:
+                assert same(mine[~mask], theirs[~mask])
+                assert same(mine[mask], was[mask])
+                assert mask.all() or not same(mine[~mask], was[~mask])
+    for theirs, mask in zip(values(control), masks, strict=True):
+        assert not theirs[mask].isfinite().any()
+        assert theirs[~mask].isfinite().all()
+    assert [int(mask.sum()) for mask in masks] == [9, 8, 5, 5, 3, 1]
+    assert [tested.nonfinite_count() for tested in emas] == [62, 62]
+
+
+def halfway(dtype: torch.dtype) -> float:
+    """The least value that rounds to nearest as Inf: half a spacing above the largest."""
+    info = torch.finfo(dtype)
+    exponent = math.frexp(info.max)[1]
+    return info.max + 2.0 ** (exponent - 2) * info.eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("ema_dtype", "online_dtype", "precision"),
+    [case for case in CASES if case[1].itemsize > case[0].itemsize],
+)
+def test_what_the_emas_dtype_cannot_hold_is_skipped(
+    ema_dtype: torch.dtype, online_dtype: torch.dtype, precision: str, backend: str
+) -> None:
+    largest = torch.finfo(ema_dtype).max
+    # Values go into low dtypes through fp32.
+    wide = torch.float64 if ema_dtype == torch.float32 else torch.float32
+    border = torch.tensor(halfway(ema_dtype), dtype=wide)
+    below = border.nextafter(torch.zeros_like(border))
+    assert (below.to(ema_dtype), border.to(ema_dtype)) == (largest, INF)
+    if precision == "stochastic":  # up by chance from any value above the largest
+        below = torch.tensor(largest, dtype=wide)
+        border = below.nextafter(torch.full_like(below, INF))
+    sizes = [1.0, largest, below, border, 1e300 if wide == torch.float64 else 3.4e38]
+    online = torch.tensor(sizes, dtype=online_dtype, device=DEVICE)
+    online = torch.cat([online, -online])
+    old = torch.full_like(online, 0.5, dtype=ema_dtype)
+    ema = guarded([online], [old], backend=backend, precision=precision)
+    control = guarded([online], [old], "propagate", backend=backend, precision="nearest")
+    for tested in (ema, control):
+        tested.update(1.0)
+    taken = online.abs() < border.to(DEVICE)
+    expected = torch.where(taken, online.clamp(-largest, largest).to(ema_dtype), old)
+    assert torch.equal(ema.ema_model[0], expected)
+    assert ema.nonfinite_count() == 4
+    assert control.ema_model[0].isinf().sum() == (2 if precision == "stochastic" else 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum", [0.0, 0.25, 0.75])
+def test_a_difference_that_overflows_and_an_ema_that_is_nan_are_left(
+    backend: str, momentum: float
+) -> None:
+    online = torch.tensor([3e38, -3e38, 1.0, 1.0, 1.0, 2.0], device=DEVICE)
+    old = torch.tensor([-3e38, 3e38, NAN, INF, -INF, 1.0], device=DEVICE)
+    ema = guarded([online], [old], backend=backend)
+    ema.update(momentum)
+    (found,) = values(ema)
+    assert same(found[:5], old[:5])
+    assert found[5] == 1 + momentum
+    assert ema.nonfinite_count() == 5
+    ema.update(1.0)  # copies, whatever was there
+    assert same(values(ema)[0], online)
+    assert ema.nonfinite_count() == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaled_excluded_and_complex_tensors(backend: str) -> None:
+    model = nn.ParameterDict(
+        {
+            "a_slow": torch.full((5,), 8.0),
+            "b_still": torch.full((5,), 8.0),
+            "c_copied": torch.full((5,), 8.0),
+            "d_complex": torch.full((3,), 8 + 8j),
+        }
+    ).to(DEVICE)
+    options = {"exclude": "c_copied", "momentum_scale": {"a_slow": 0.5, "b_still": 0.0}}
+    ema = ModelEMA(model, nonfinite="skip", backend=backend, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name in ("a_slow", "b_still", "c_copied"):
+            model[name][1:4] = torch.tensor(BAD)
+        model["d_complex"].copy_(torch.tensor([complex(NAN, 0), complex(0, -INF), 0]))
+    ema.update(0.5)
+    slow, still, copied, pairs = values(ema)
+    assert slow.tolist() == [6.0, 8.0, 8.0, 8.0, 6.0]
+    assert still.tolist() == [8.0] * 5
+    assert same(copied, model["c_copied"].detach())
+    assert pairs.tolist() == [[8.0, 4.0], [4.0, 8.0], [4.0, 4.0]]
+    assert ema.nonfinite_count() == 3 + 3 + 2
+
+
+@pytest.mark.parametrize("length", [50, 1 << 20])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_counts_are_exact_whatever_lies_between_tensors(
+    length: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the reference path in many steps; Inf at ends would show in what lies beside."""
+    monkeypatch.setattr(reference, "SCRATCH", length)
+    for backend in BACKENDS:
+        sizes = [1, 2, 3, 5, 7, 9, 31, 33, 130]
+        online = [torch.full((size,), INF, dtype=torch.float16, device=DEVICE) for size in sizes]
+        old = [torch.ones_like(tensor) for tensor in online]
+        ema = guarded(online, old, backend=backend, precision=precision)
+        for number, momentum in enumerate((1.0, 0.25, 0.0), start=1):
+            ema.update(momentum)
+            assert ema.nonfinite_count() == number * sum(sizes)
+        for tensor in ema.model:
+            tensor.data.fill_(3.0)
+        ema.update(torch.tensor(0.5))
+        assert ema.nonfinite_count() == 3 * sum(sizes)
+        assert all(tensor.eq(2.0).all() for tensor in values(ema))
+
+
+def nested(context: AbstractContextManager) -> None:
+    with context:
+        pass
+
+
+CHANGES: dict[str, Callable[[ModelEMA], object]] = {
+    "the online model cast": lambda ema: ema.model.double(),
+    "the EMA model cast": lambda ema: ema.ema_model.bfloat16(),
+    "a parameter replaced": lambda ema: setattr(
+        ema.model, "weight", nn.Parameter(ema.model.weight.detach().clone())
+    ),
+    "another layout": lambda ema: setattr(
+        ema.model.weight, "data", ema.model.weight.data.t().contiguous().t()
+    ),
+    "its own state loaded": lambda ema: ema.load_state_dict(ema.state_dict()),
+    "swapped and back": lambda ema: nested(ema.swapped()),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+def test_the_count_outlives_changes_and_copies(
+    change: str, duplicate: Callable[[ModelEMA], ModelEMA], backend: str
+) -> None:
+    ema = ModelEMA(nn.Linear(4, 4, device=DEVICE), nonfinite="skip", backend=backend)
+    ema.model.weight.data[0, 0] = NAN
+    for expected in (1, 2):
+        ema.update(0.5)
+        assert ema.nonfinite_count() == expected
+    CHANGES[change](ema)
+    assert ema.nonfinite_count() == 2
+    ema.update(0.5)
+    assert ema.nonfinite_count() == 3
+    twin = duplicate(ema)
+    assert twin.nonfinite_count() == 3
+    twin.update(0.5)
+    assert (twin.nonfinite_count(), ema.nonfinite_count()) == (4, 3)
+
+
+def test_propagate_counts_nothing_and_says_so() -> None:
+    ema = ModelEMA(nn.Linear(2, 1))
+    with pytest.raises(RuntimeError, match=r"counts nothing\. Build the EMA with nonfinite='skip'"):
+        ema.nonfinite_count()
+    for wrong in ("Skip", None, True):
+        with pytest.raises(ValueError, match="nonfinite must be one of 'propagate', 'skip', 'rai"):
+            ModelEMA(nn.Linear(2, 1), nonfinite=wrong)
+
+
+# --- "raise", on a CPU: on a GPU it comes one update late, see test_gpu_state.py ----------------
+
+
+@pytest.fixture(params=BACKENDS)
+def eager(request: pytest.FixtureRequest) -> dict[str, object]:
+    if request.param == "triton" and DEVICE.type != "cpu":
+        pytest.skip("the interpreter is off where there is a GPU")
+    return {"nonfinite": "raise", "backend": request.param}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_raise_tells_at_once_what_and_where_and_goes_on(eager: dict, precision: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).bfloat16()
+    ema = ModelEMA(model, precision=precision, **eager)
+    fill(model, 2.0)
+    ema.update(1.0)
+    fill(model, 4.0)
+    model[1].weight.data[0, :2] = torch.tensor([NAN, INF])
+    with pytest.raises(
+        FloatingPointError, match=r"^2 elements .* at update 2\b.*'1.weight'"
+    ) as got:
+        ema.update(0.5)
+    assert "'0.weight'" not in str(got.value)
+    assert "'1.bias'" not in str(got.value)
+    assert ema.ema_model[1].weight.tolist() == [[2.0, 2.0], [3.0, 3.0]]
+    assert ema.ema_model[0].weight.eq(3.0).all()
+    assert (ema.update_index, ema.nonfinite_count()) == (2, 2)
+    fill(model, 3.0)
+    for _ in range(2):  # the old ones were told
+        ema.update(0.5)
+    assert (ema.update_index, ema.nonfinite_count()) == (4, 2)
+    model[0].bias.data[0] = -INF
+    model.double()  # a new plan
+    with pytest.raises(FloatingPointError, match=r"^1 element.* at update 5\b.*'0.bias'"):
+        ema.update(0.5)
+    for twin in (copy.deepcopy(ema), pickle.loads(pickle.dumps(ema)), ema):
+        fill(twin.model, 3.0)
+        twin.update(0.5)
+        assert (twin.update_index, twin.nonfinite_count()) == (6, 3)
+
+
+def fill(model: nn.Module, value: float) -> None:
+    for parameter in model.parameters():
+        parameter.data.fill_(value)
+
+
+def test_raise_names_no_tensor_that_is_merely_copied(eager: dict) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    ema = ModelEMA(model, exclude="head", **eager)
+    fill(model["head"], NAN)
+    ema.update(0.5)  # a copy is a copy
+    assert ema.ema_model["head"].weight.isnan().all()
+    model["body"].bias.data[0] = INF
+    with pytest.raises(FloatingPointError, match=r"'body.bias'") as got:
+        ema.update(0.5)
+    assert "head" not in str(got.value)
+
+
+def test_raise_after_a_loaded_checkpoint_is_of_what_came_after(eager: dict) -> None:
+    model = nn.Linear(2, 2)
+    ema = ModelEMA(model, **eager)
+    sound = ema.state_dict(clone=True)
+    model.weight.data[0] = NAN
+    with pytest.raises(FloatingPointError, match=r"^2 elements"):
+        ema.update(0.5)
+    fill(model, 1.0)
+    ema.load_state_dict(sound)
+    ema.update(0.5)
+    assert ema.update_index == 1
+
+
+def test_a_trainer_stops_at_the_iteration_that_broke(eager: dict) -> None:
+    engine_module = pytest.importorskip("ignite.engine")
+    model = nn.Linear(1, 1, bias=False)
+    engine = engine_module.Engine(lambda engine, batch: model.weight.data.fill_(batch).item())
+    model.weight.data.fill_(0.0)
+    handler, skipping = EMAHandler(model, 0.5, **eager), EMAHandler(model, 0.5, nonfinite="skip")
+    skipping.attach(engine, "skipping")
+    handler.attach(engine)
+    with pytest.raises(FloatingPointError, match="at update 2"):
+        engine.run([1.0, INF, 3.0])
+    assert engine.state.iteration == 2
+    for each in (handler, skipping):
+        assert each.ema_model.weight.item() == 0.5
+        assert each.ema.nonfinite_count() == 1
+
+
+# --- Against plain Python ----------------------------------------------------------------------
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """To nearest-even in the dtype, Inf where it is too large."""
+    if dtype == torch.float64 or not math.isfinite(value):
+        return value
+    try:
+        packed = struct.pack("<f", value)  # through fp32, as torch does
+        if dtype == torch.bfloat16:
+            (bits,) = struct.unpack("<I", packed)
+            packed = struct.pack("<I", (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000)
+        (value,) = struct.unpack("<f", packed)
+        return struct.unpack("<e", struct.pack("<e", value))[0] if dtype == HALF else value
+    except OverflowError:
+        return math.copysign(INF, value)
+
+
+def step(old: float, new: float, momentum: float, ema: torch.dtype, online: torch.dtype) -> float:
+    """The new value before it is stored; for these momenta no product is rounded."""
+    wide = torch.float64 if torch.float64 in (ema, online) else torch.float32
+    if momentum == 1:
+        return new
+    apart = rounded(new - old, wide)
+    end, share = (old, momentum) if momentum < 0.5 else (new, momentum - 1)
+    return rounded(end + share * apart, wide)
+
+
+EDGES = [*BAD, 0.0, 1.0, 65504.0, 65519.0, 65520.0, 1e5, 3.3895e38, 3.3962e38, 3e38, 3.4028234e38]
+NUMBERS = st.one_of(
+    st.sampled_from([*EDGES, *(-edge for edge in EDGES)]), st.integers(-500, 500).map(float)
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=20),
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=2, max_size=2),
+    st.sampled_from(REFERENCE_DTYPES),
+    st.sampled_from(["exact", "nearest"]),
+    st.sampled_from(BACKENDS),
+)
+def test_both_backends_do_what_plain_python_does(
+    rows: list[tuple[float, float, float]],
+    momenta: list[float],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    precision: str,
+    backend: str,
+) -> None:
+    ema_dtype, online_dtype = dtypes
+    old, *news = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    old, news = old.to(DEVICE, ema_dtype), [new.to(DEVICE, online_dtype) for new in news]
+    ema = guarded([torch.zeros_like(news[0])], [old], backend=backend, precision=precision)
+    expected, spared = old.tolist(), 0
+    stored = torch.float32 if precision == "exact" and ema_dtype in LOW else ema_dtype
+    for new, momentum in zip(news, momenta, strict=True):
+        ema.model[0].data.copy_(new)
+        ema.update(momentum)
+        for index, (was, now) in enumerate(zip(expected, new.tolist(), strict=True)):
+            value = step(was, now, momentum, *dtypes)
+            if math.isfinite(rounded(value, ema_dtype)):
+                expected[index] = rounded(value, stored)
+            else:
+                spared += 1
+    (found,) = values(ema)
+    assert same(found.cpu(), torch.tensor(expected, dtype=torch.float64).to(stored))
+    assert ema.nonfinite_count() == spared
+
+
+def test_the_oracle_rounds_as_torch_does() -> None:
+    numbers = [*EDGES, 1 / 3, 1e-3, 65519.99, 2.0**-20]
+    for dtype in FLOATS:
+        ours = torch.tensor([rounded(number, dtype) for number in numbers], dtype=torch.float64)
+        assert same(ours, torch.tensor(numbers, dtype=torch.float64).to(dtype).double())
+    assert step(1.0, 0.0, 0.25, torch.float32, torch.float32) == 0.75
+    assert math.isnan(step(-3e38, 3e38, 0.75, torch.float32, torch.float32))
