@@ -236,6 +236,7 @@ def compiled(
     }
     constants = {
         "ONLINE": DTYPES[online][0],
+        "COPY": False,
         "OVERFLOW": overflow(DTYPES[ema][1], precision) if guarded else None,
         "BLOCK": block,
     }

@@ -112,12 +112,11 @@ def lerp(ema, online, momentum):
 
     Below 0.5 it is fma(momentum, online - ema, ema). From 0.5 on it is
     online - (online - ema) * (1 - momentum), contracted to fma(momentum - 1, online - ema, online).
-    Momentum 0 and 1 are exact; 1 copies, where torch.lerp makes NaN of an Inf or NaN in the EMA.
+    Momentum 0 and 1 are exact.
     """
     small = momentum < 0.5
     weight = tl.where(small, momentum, momentum - 1)
-    value = tl.fma(tl.zeros_like(ema) + weight, online - ema, tl.where(small, ema, online))
-    return tl.where(momentum == 1, online, value)
+    return tl.fma(tl.zeros_like(ema) + weight, online - ema, tl.where(small, ema, online))
 
 
 @triton.jit
@@ -137,6 +136,7 @@ def average(
     first,
     mask,
     momentum,
+    COPY: tl.constexpr,
     OVERFLOW: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -156,7 +156,7 @@ def average(
     else:
         companion = tl.load(companion_ptrs, mask=mask)
         old = join(ema, companion)
-    value = lerp(old, online, momentum)
+    value = online if COPY else lerp(old, online, momentum)
     if OVERFLOW is not None:
         finite = tl.abs(value) < OVERFLOW  # not for NaN
         spared += count(finite, mask, SIZE, GROUP)
@@ -192,6 +192,7 @@ def ema_update(
     momentum: tl.float64,
     momentum_ptr,
     ONLINE: tl.constexpr,
+    COPY: tl.constexpr,
     OVERFLOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -207,6 +208,8 @@ def ema_update(
     momentum: used when momentum_ptr is None; a double, since fp64 buckets need all its digits.
     momentum_ptr: a 0-d tensor or None; read here, so that a captured graph follows its value.
     ONLINE: dtype of the online elements.
+    COPY: whether the EMA becomes the online model, whatever it was: where that is not finite,
+        torch.lerp makes NaN of it even with momentum 1.
     OVERFLOW: the least magnitude that counts as not finite; None without counters.
     BLOCK: elements handled at a time.
     """
@@ -260,6 +263,7 @@ def ema_update(
                 offset + start,
                 index < bound,
                 weight,
+                COPY,
                 OVERFLOW,
                 BLOCK,
                 GROUP,
@@ -285,6 +289,7 @@ def ema_update(
                 offset + start,
                 index < length,
                 weight,
+                COPY,
                 OVERFLOW,
                 SMALL,
                 GROUP,

@@ -127,6 +127,7 @@ def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
             value,
             pointer,
             ONLINE=_online(bucket),
+            COPY=value == 1,
             OVERFLOW=overflow(key.ema_dtype, key.precision)
             if bucket.counters is not None
             else None,

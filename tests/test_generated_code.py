@@ -155,7 +155,7 @@ bind = create_function_from_signature(ema_update.signature, ema_update.params, b
 table, flat = torch.zeros(3, dtype=torch.int64), torch.zeros(8)
 
 def key(value, pointer):
-    constants = {"ONLINE": tl.float32, "OVERFLOW": None, "BLOCK": 2048}
+    constants = {"ONLINE": tl.float32, "COPY": False, "OVERFLOW": None, "BLOCK": 2048}
     return str(bind(table, flat, None, None, None, value, pointer, **constants)[1])
 
 floats = {key(momentum, None) for momentum in (0.0, 1.0, 0.5, 1e-4, 16.0)}
