@@ -67,15 +67,14 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
     bucket.count_update()
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
     for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
-        if step.old is not None:
+        if step.counters is not None:
             step.online.zero_()  # between the tensors too, where nothing is to be counted
-            step.old.copy_(step.load())
         torch._foreach_copy_(step.places, step.parts)
         if _copies(weight):
             step.ema.copy_(step.online)
         else:
             step.load().lerp_(step.online, weight)
-        if step.old is not None:
+        if step.counters is not None:
             step.spare()
         step.store()
 
@@ -143,23 +142,27 @@ class _Step(NamedTuple):
     draws: Tensor | None
     scratch: Scratch | None  # for a precision other than "nearest"
     noise: Noise | None
-    # Where the EMA is spared non-finite values: what it was, and how many it was spared.
-    old: Tensor | None
-    finite: Tensor
     counters: Tensor | None
     overflow: float
 
     def spare(self) -> None:
         """Put the old values back where the new ones are not finite, and count those."""
-        assert self.old is not None
-        assert self.counters is not None
-        # The online values have served: their place takes the magnitudes.
-        size = torch.abs(self.ema, out=self.online)
+        if self.ema.device.type == "cpu" and self._is_finite():
+            return
+        new = self.ema.clone()
+        size = new.abs()
         if self.weight.dtype != torch.float64:
             size = size.float()  # no copy, but for what fp64 holds and the EMA does not
-        torch.lt(size, self.overflow, out=self.finite)
-        torch.where(self.finite, self.ema, self.old, out=self.ema)
-        self.counters[0].add_(self.finite.numel() - self.finite.sum())
+        finite = size < self.overflow
+        torch.where(finite, new, self.load(), out=self.ema)
+        if self.counters is not None:
+            self.counters[0].add_(finite.numel() - finite.sum())
+
+    def _is_finite(self) -> bool:
+        """Whether surely nothing is to be put back: one pass, for a device that need not wait."""
+        bound = min(self.overflow, torch.finfo(self.weight.dtype).max)
+        low, high = torch.aminmax(self.ema)
+        return bool(-bound < low) and bool(high < bound)  # not for NaN
 
     def load(self) -> Tensor:
         """Fill `ema` from the bucket."""
@@ -238,14 +241,11 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
     online = bucket.flat.new_zeros(size, dtype=compute)
     scratch = Scratch.like(bucket.flat[:size]) if key.precision != "nearest" else None
     noise = Noise(size, key.device) if key.precision == "stochastic" else None
-    guarded = bucket.counters is not None
     if scratch is not None and compute == torch.float32:
         ema = scratch.value
     else:
-        aside = guarded or key.ema_dtype != compute
+        aside = bucket.counters is not None or key.ema_dtype != compute
         ema = bucket.flat.new_zeros(size if aside else 0, dtype=compute)
-    old = bucket.flat.new_zeros(size, dtype=compute) if guarded else None
-    finite = bucket.flat.new_zeros(size if guarded else 0, dtype=torch.bool)
 
     steps = []
     for stretch in _stretches(bucket):
@@ -263,8 +263,6 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
             draws=bucket.draws,
             scratch=None if scratch is None else scratch.first(end - begin),
             noise=noise,
-            old=None if old is None else old[: end - begin],
-            finite=finite[: end - begin],
             counters=bucket.counters,
             overflow=overflow(key.ema_dtype, key.precision),
         )
