@@ -62,8 +62,13 @@ class Groups(NamedTuple):
             ),
         )
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a pattern matches none of the names: it would do nothing."""
+    def check(self, names: Sequence[str], averaged: Sequence[str]) -> None:
+        """Raise ValueError if a pattern would do nothing, or if together they leave nothing.
+
+        Args:
+            names: Of all parameters and buffers.
+            averaged: Of those that would be averaged without patterns.
+        """
         patterns = {
             "include": self.include or (),
             "exclude": self.exclude,
@@ -79,6 +84,13 @@ class Groups(NamedTuple):
                         f"{argument}: {pattern!r} matches no parameter, buffer or module of the "
                         f"model, so it would do nothing. {there}."
                     )
+
+        if self.include is not None and all(self.scale([name]) is None for name in averaged):
+            raise ValueError(
+                f"include={[*self.include]} leaves nothing to average: it matches no floating "
+                "parameter (nor buffer, with handle_buffers='update'), or exclude takes all away. "
+                "Give patterns of what is to be averaged."
+            )
 
     def scale(self, names: Iterable[str]) -> float | None:
         """The momentum's factor for a tensor with these names; None if it is copied instead."""

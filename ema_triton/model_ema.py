@@ -29,7 +29,7 @@ from ema_triton.interrupts import Uninterrupted
 from ema_triton.loading import load, weights_from
 from ema_triton.models import check_model, copy_model, unwrap
 from ema_triton.nonfinite import Alarm, complaint
-from ema_triton.pairs import Slots, check_tensors, clean_name, own_copy
+from ema_triton.pairs import Slots, check_tensors, clean_name, has_fractions, own_copy
 from ema_triton.plan import Memory, Plan, make_plan
 from ema_triton.precision import COMPANION_DTYPE
 from ema_triton.saved import VERSION, Saved
@@ -129,10 +129,18 @@ class ModelEMA:
         self.nonfinite = nonfinite
         self.update_index = 0
         self._groups = Groups.of(include, exclude, momentum_scale)
+        check_tensors(self.model)
         slots = Slots.of(self.model)
-        self._groups.check([*slots.parameters, *slots.buffers, *slots.empty_buffers])
+        averaged = slots.parameters | (slots.buffers if handle_buffers == "update" else {})
+        self._groups.check(
+            [*slots.parameters, *slots.buffers, *slots.empty_buffers],
+            [
+                name
+                for name, slot in averaged.items()
+                if (tensor := slot.read()) is not None and has_fractions(tensor)
+            ],
+        )
         if ema_model is None:
-            check_tensors(self.model)
             with torch.inference_mode(False):  # as in _make_plan
                 self.ema_model = copy_model(self.model)
         else:
@@ -154,13 +162,7 @@ class ModelEMA:
         self._captured: list[Plan] = []
         self._warned = False
         self._memory: Memory | None = Memory({}, seed, 0)
-        plan = self._make_plan(ema_dtype)
-        if include is not None and all(bucket.key.scale is None for bucket in plan.buckets):
-            raise ValueError(
-                f"include={include!r} leaves nothing to average: it matches no floating parameter "
-                "(nor buffer, with handle_buffers='update'), or exclude takes all away. Give "
-                "patterns of what is to be averaged."
-            )
+        self._make_plan(ema_dtype)
         self.ema_model.requires_grad_(False)
         self.ema_model.train(handle_buffers == "ema_train")
 
