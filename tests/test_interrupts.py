@@ -49,6 +49,7 @@ def _pythons_own_handler() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+    torch.set_grad_enabled(True)  # which the control may have left off, unshielded
 
 
 def averaged() -> ModelEMA:

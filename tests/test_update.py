@@ -56,11 +56,10 @@ def check(
         double = torch.float64 in (ema_dtype, online_dtype) and not as_tensor
         exact = momentum if double else torch.tensor(momentum, dtype=torch.float32).item()
         truth = oracle.lerp(old, new, exact)
-        if exact == 1:
-            if path == "reference" and as_tensor:  # not read, so that nothing waits for it
-                truth = torch.lerp(old.double(), new.double(), exact)
-            else:
-                old = new  # whatever was there, even NaN
+        if momentum == 1 and not as_tensor:
+            old = new  # a copy, whatever was there, even NaN
+        elif exact == 1:  # rounded to it, or not known to be 1 where a copy would be chosen
+            truth = torch.lerp(old.double(), new.double(), exact)
         assert result.dtype == ema_dtype
         bound = update_bound(old, new, ema_dtype)
         if precision == "stochastic":  # a whole spacing, after the arithmetic's own error
