@@ -398,35 +398,34 @@ class EMAHandler:
         """Copy the online model into the EMA model, e.g. after loading weights into it."""
         self.ema.sync()
 
-    def state_dict(self, *, clone: bool = False) -> dict[str, Any]:
+    def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
         """The state of `ema`: update index, schedule and weights, of plain types and tensors.
 
         A schedule that is not one of `ema_triton.schedules` is a function, which is not saved.
 
         Args:
             clone: Whether to copy the tensors, for a thread that saves while another one trains.
+            full_state_dict: Whether to gather whole tensors on rank 0; see `ModelEMA.state_dict`.
         """
-        return self.ema.state_dict(clone=clone)
+        return self.ema.state_dict(clone=clone, full_state_dict=full_state_dict)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any] | None, *, full_state_dict: bool = False
+    ) -> None:
         """Load what `state_dict` returned, and go on from there, warm-up included.
 
         The saved schedule replaces the handler's; a warning says so where they differ. Assign
         `handler.schedule` afterwards to change it on purpose.
 
+        Args:
+            state_dict: The state.
+            full_state_dict: Whether rank 0 alone has it, whole; see `ModelEMA.load_state_dict`.
+
         Raises:
             ValueError: The state is not that of a handler, or does not fit the model. Nothing has
                 been loaded then.
         """
-        keys = {"update_index", "schedule"}
-        if not isinstance(state_dict, Mapping) or not keys <= state_dict.keys():
-            got = list(state_dict)[:5] if isinstance(state_dict, Mapping) else type(state_dict)
-            raise ValueError(
-                "The state must be what EMAHandler.state_dict() returned, with 'update_index' and "
-                f"'schedule', but got {got}. To load a module's state dict, use "
-                "handler.ema.load_weights(weights)."
-            )
-        for remark in self.ema._load(Saved.of(state_dict), "load_state_dict()"):
+        for remark in self.ema._load_state(state_dict, _saved_by_handler, full_state_dict):
             warnings.warn(remark, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -455,7 +454,7 @@ class EMAHandler:
         checkpoint = sys.modules.get("ignite.handlers.checkpoint")
         if checkpoint is None or not isinstance(listener, checkpoint.Checkpoint):
             return False
-        mine = (self, self.ema, self.ema_model)
+        mine = (self, self.ema, self.ema._ema_model)
         return any(saved is own for saved in listener.to_save.values() for own in mine)
 
     def _write(self, engine: Engine, name: str, momentum: float) -> None:
@@ -481,6 +480,18 @@ def _check_engine(engine: object, argument: str, which: str) -> None:
         raise TypeError(
             f"{argument} must be an Ignite Engine, {which}, but got {type(engine).__name__}."
         )
+
+
+def _saved_by_handler(state: object) -> Saved:
+    keys = {"update_index", "schedule"}
+    if not isinstance(state, Mapping) or not keys <= state.keys():
+        got = list(state)[:5] if isinstance(state, Mapping) else type(state)
+        raise ValueError(
+            "The state must be what EMAHandler.state_dict() returned, with 'update_index' and "
+            f"'schedule', but got {got}. To load a module's state dict, use "
+            "handler.ema.load_weights(weights)."
+        )
+    return Saved.of(state)
 
 
 def _as_dict(distance: Distance) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ema_triton import kernels, reference
 from ema_triton.kernels import ema_update
-from ema_triton.plan import Bucket, Plan
+from ema_triton.plan import ALIGNMENT, Bucket, Plan
 from ema_triton.precision import overflow
 
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
@@ -104,6 +104,8 @@ def obstacle(bucket: Bucket) -> str | None:
         key.ema_dtype in _NARROW and key.online_dtype in _NARROW
     ):
         return f"the kernel does not average {key.online_dtype} into {key.ema_dtype}"
+    if bucket.flat.data_ptr() % ALIGNMENT:
+        return f"the sharded EMA model's tensor does not begin at a multiple of {ALIGNMENT} bytes"
     return None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ema_triton import files
+from ema_triton import files, ranks, shards
 from ema_triton.pairs import clean_name, listed
 from ema_triton.places import Place
 from ema_triton.plan import Memory, Plan
@@ -44,6 +44,36 @@ def weights_from(
     return Saved(found.weights, {}, None, 0, 0, None, None), remarks
 
 
+def spread_from_first(
+    state: object, read: Callable[[object], Saved], ema_model: nn.Module
+) -> Saved:
+    """The parts of the whole state that rank 0 has, on every rank, all of which call this.
+
+    Args:
+        state: The state, on rank 0.
+        read: Takes it apart.
+        ema_model: The EMA model.
+
+    Raises:
+        ValueError: On every rank, if on rank 0 it is no state or does not fit.
+    """
+    own = {clean_name(name): value for name, value in ema_model.state_dict().items()}
+
+    def checked() -> Saved:
+        found = read(state)
+        found.check_fit(own)
+        return found._replace(
+            weights=ranks.hollow(found.weights), companions=ranks.hollow(found.companions)
+        )
+
+    hollow = ranks.from_first(checked)
+    found = read(state) if ranks.is_first() else hollow
+    return hollow._replace(
+        weights=ranks.spread(hollow.weights, found.weights, own),
+        companions=ranks.spread(hollow.companions, found.companions, own),
+    )
+
+
 def load(
     found: Saved, ema_model: nn.Module, plan: Plan, precision: str
 ) -> tuple[Memory, list[str]]:
@@ -67,7 +97,11 @@ def load(
     own = dict(zip(names, state.values(), strict=True))
     found.check_fit(own)
     exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
-    weights, values, remarks = found.converted(own, exact)
+    found = found._replace(
+        weights=_parts(found.weights, own), companions=_parts(found.companions, own)
+    )
+    parts = {name: shards.local(value) for name, value in own.items()}
+    weights, values, remarks = found.converted(parts, exact)
     seed, updates = plan.seed, plan.updates
     if precision == "stochastic":
         if found.precision == "stochastic":
@@ -77,16 +111,28 @@ def load(
                 "a module's state dict does not tell from where stochastic rounding goes on, which "
                 f"keeps its seed {seed} and its count of {updates} updates"
             )
-    loaded: Any = OrderedDict((names[name], value) for name, value in weights.items())
+    loaded: Any = OrderedDict(
+        (names[name], shards.like(value, own[name])) for name, value in weights.items()
+    )
     loaded._metadata = getattr(found.weights, "_metadata", None)
     _load_or_restore(loaded, ema_model, plan)
     return Memory(values, seed, updates, plan.nonfinite_count()), remarks
 
 
+def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """This rank's parts of what fits `own`, in the same order."""
+    parts: Any = OrderedDict(
+        (name, shards.part_of(value, own[name]) if isinstance(value, Tensor) else value)
+        for name, value in values.items()
+    )
+    parts._metadata = getattr(values, "_metadata", None)
+    return parts  # type: ignore[no-any-return]
+
+
 def _load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) -> None:
     """Load what fits; a module's own hook or extra state can fail all the same, half-way."""
     places = [*Place.all_of(ema_model)]
-    before = {id(place.tensor): place.tensor.to("cpu", copy=True) for place in places}
+    before = {id(place.part): place.part.to("cpu", copy=True) for place in places}
     extra = [
         (module, copy.deepcopy(module.get_extra_state()))
         for module in ema_model.modules()
@@ -98,7 +144,7 @@ def _load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) 
     except BaseException:
         for place in places:
             place.put_back()
-            place.tensor.copy_(before[id(place.tensor)])
+            place.part.copy_(before[id(place.part)])
         plan.companions.vouch_for(exact)
         for module, state in extra:
             with suppress(BaseException):  # it may be what failed; that is raised

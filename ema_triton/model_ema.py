@@ -6,12 +6,13 @@ It knows no training loop. It receives a momentum, or follows an optimizer and a
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from ema_triton import distance, files, reference
+from ema_triton import distance, files, ranks, reference, shards
 from ema_triton.arguments import check_choices, check_momentum
 from ema_triton.backend import Backend, check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
 from ema_triton.interrupts import Uninterrupted
-from ema_triton.loading import load, weights_from
-from ema_triton.models import check_model, copy_model, unwrap
+from ema_triton.loading import load, spread_from_first, weights_from
+from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
 from ema_triton.nonfinite import Alarm, complaint
 from ema_triton.pairs import Slots, check_tensors, clean_name, has_fractions, own_copy
 from ema_triton.plan import Memory, Plan, make_plan
@@ -56,8 +57,12 @@ class ModelEMA:
     Args:
         model: The online model, on any device, of any floating or complex dtype. A
             `DistributedDataParallel` or `torch.compile` wrapper is taken off; `DataParallel` stays.
+            Of a `DistributedDataParallel` model the EMA's buffers follow rank 0's. Of a sharded
+            one (FSDP2, any `DTensor`) each rank averages its own parts; build this on every rank,
+            after sharding.
         ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
-            its own values. By default a copy of `model`.
+            its own values, and sharded likewise. By default a copy of `model`; of a sharded one
+            there is none.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         backend: "auto", "triton" or "foreach".
@@ -78,11 +83,11 @@ class ModelEMA:
         nonfinite: What an online value of NaN or Inf does to the EMA, or one too large for its
             dtype: "propagate" lets it in, as torch does; "skip" keeps the EMA's old value there
             and counts, see `nonfinite_count`; "raise" skips and raises FloatingPointError, at
-            once on a CPU, at the next update on a GPU. Of what is averaged; a copy is a copy.
+            once on a CPU, on a GPU at the next update and in its place. Of what is averaged; a copy
+            is a copy.
 
     Attributes:
         model: The online model, unwrapped.
-        ema_model: The EMA model, in eval mode unless `handle_buffers` is "ema_train".
         handle_buffers: As given.
         precision: As given.
         nonfinite: As given.
@@ -90,10 +95,12 @@ class ModelEMA:
 
     Raises:
         ValueError: An argument is not one of the accepted values; the model is not a Module; names
-            or shapes of `model` and `ema_model` disagree; a tensor has no memory.
+            or shapes of `model` and `ema_model`, or of the model on different ranks, disagree; a
+            tensor has no memory.
         TypeError: A tensor is of a kind that cannot be averaged.
-        NotImplementedError: The model is sharded.
-        RuntimeError: The model cannot be copied, or backend="triton" cannot run here.
+        NotImplementedError: The model is sharded by FSDP1 or DeepSpeed's ZeRO-3.
+        RuntimeError: The model cannot be copied, or backend="triton" cannot run here; or not all
+            ranks build this.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -130,6 +137,9 @@ class ModelEMA:
         self.update_index = 0
         self._groups = Groups.of(include, exclude, momentum_scale)
         check_tensors(self.model)
+        self._buffers_group = None if handle_buffers == "ema_train" else ranks.buffers_group(model)
+        if len(together := ranks.ranks_of(self.model, self._buffers_group)) > 1:
+            ranks.agree(self.model, together)
         slots = Slots.of(self.model)
         averaged = slots.parameters | (slots.buffers if handle_buffers == "update" else {})
         self._groups.check(
@@ -142,11 +152,12 @@ class ModelEMA:
         )
         if ema_model is None:
             with torch.inference_mode(False):  # as in _make_plan
-                self.ema_model = copy_model(self.model)
+                copied = Shell.of if is_sharded(self.model) else copy_model
+                self._ema_model = copied(self.model)
         else:
             check_model(ema_model)
-            self.ema_model = unwrap(ema_model)
-            if self.ema_model is self.model:
+            self._ema_model = unwrap(ema_model)
+            if self._ema_model is self.model:
                 raise ValueError(
                     "ema_model is the online model itself, so there is nothing to average. Give "
                     "another instance of it, or leave ema_model out to have a copy made."
@@ -163,8 +174,23 @@ class ModelEMA:
         self._warned = False
         self._memory: Memory | None = Memory({}, seed, 0)
         self._make_plan(ema_dtype)
-        self.ema_model.requires_grad_(False)
-        self.ema_model.train(handle_buffers == "ema_train")
+        self._ema_model.requires_grad_(False)
+        self._ema_model.train(handle_buffers == "ema_train")
+
+    @property
+    def ema_model(self) -> nn.Module:
+        """The EMA model, in eval mode unless `handle_buffers` is "ema_train".
+
+        Raises:
+            RuntimeError: The model is sharded, and none was given.
+        """
+        if isinstance(self._ema_model, Shell):
+            raise RuntimeError(
+                "The model is sharded, so that its EMA is kept in parts and there is no ema_model. "
+                "Evaluate the online model with the EMA's weights (with ema.swapped() as model: "
+                "...), or give an ema_model that is sharded likewise."
+            )
+        return self._ema_model
 
     @property
     def backend(self) -> str:
@@ -205,6 +231,8 @@ class ModelEMA:
             if online:
                 torch._foreach_copy_(plan.copies.ema, online)
             self._chosen.update(plan, momentum)
+            if self._buffers_group is not None:
+                ranks.follow_first(plan.ema_buffers, self._buffers_group)
             if capturing:
                 self._captured.append(plan)  # the graph goes on reading its chunk table
             plan.wrote()
@@ -233,7 +261,9 @@ class ModelEMA:
                 current = pair.online_slots[0].read()
                 if current is not None:
                     for slot in pair.ema_slots:
-                        slot.owner[slot.key] = own_copy(current, pair.ema.dtype)
+                        slot.write(own_copy(current, pair.ema.dtype))
+            if self._buffers_group is not None:
+                ranks.follow_first(plan.ema_buffers, self._buffers_group)
             plan.wrote()
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
@@ -338,7 +368,7 @@ class ModelEMA:
         .. math:: \|\theta_{EMA} - \theta\|_2 \text{ and } \|\theta\|_2
 
         over the averaged tensors, in fp64, of the values that an exact EMA accumulates. One pass;
-        waits for the device.
+        waits for the device, and of a sharded model for the other ranks, which have to call it too.
 
         Raises:
             ValueError: A tensor changed its shape or vanished.
@@ -355,49 +385,63 @@ class ModelEMA:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap("distance()")
             plan, _ = self._current_plan()
-            return distance.measure(plan, self._chosen.squares)
+            averaged = [
+                pair for pair in plan.averaged if self._groups.scale(pair.names) is not None
+            ]
+            return distance.measure(averaged, plan, self._chosen.squares)
 
-    def state_dict(self, *, clone: bool = False) -> dict[str, Any]:
-        """The EMA's state by clean name, for `torch.save`.
+    def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
+        """The EMA's state by clean name, for `torch.save` or `torch.distributed.checkpoint`.
 
-        It holds the update index, the schedule (None for a function that is not one of
-        `ema_triton.schedules`), the EMA model's weights, what an exact EMA keeps beside them
-        ("companions"), and from where stochastic rounding goes on ("rounding").
+        Of a sharded model the tensors are `DTensor`s, which `torch.distributed.checkpoint` saves
+        from, and loads onto, any number of ranks. It holds the update index, the schedule (as
+        JSON; None for a function that is not one of `ema_triton.schedules`), the EMA model's
+        weights, what an exact EMA keeps beside them ("companions"), and from where stochastic
+        rounding goes on ("rounding").
 
         Args:
             clone: Whether to copy the tensors. They are shared otherwise, as those of a module's
                 state dict: a thread that saves them while another one updates needs copies.
+            full_state_dict: Whether to gather whole tensors on rank 0, on its CPU; the other ranks,
+                which all have to call this, get an empty dict.
         """
         # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
         # from one among others by that name.
         with self._lock, torch.no_grad():
             plan = self._known_plan()
-            weights = self.ema_model.state_dict()
+            weights = self._ema_model.state_dict()
             if self._swap is None:
                 found: Mapping[str, Any] = weights
                 exact = plan.companions.current()
             else:
                 found = self._swap.outside(weights)
                 exact = plan.companions.unwritten()
-            clean: Any = OrderedDict((clean_name(name), value) for name, value in found.items())
+            clean: Any = OrderedDict(
+                (clean_name(name), shards.like(shards.local(value), value))
+                for name, value in found.items()
+            )
             # The modules' versions, which nn.Module.load_state_dict looks for.
             metadata = getattr(weights, "_metadata", {})
             clean._metadata = {clean_name(name): value for name, value in metadata.items()}
-            names = {clean_name(name): value for name, value in weights.items()}
+            weights_by_name = {clean_name(name): value for name, value in weights.items()}
             beside = {id(pair): companion for pair, _, companion in exact}
             companions = {
-                name: beside[id(pair)]
-                for name, pair in plan.companions.names(names).items()
+                name: shards.like(beside[id(pair)], weights_by_name[name])
+                for name, pair in plan.companions.names(weights_by_name).items()
                 if id(pair) in beside
             }
-            for tensors in (clean, companions) if clone else ():
+            for tensors in (clean, companions) if clone and not full_state_dict else ():
                 for name, value in tensors.items():
                     if isinstance(value, Tensor):
                         tensors[name] = value.clone()
+            if full_state_dict:
+                clean, companions = ranks.gathered(clean), ranks.gathered(companions)
+                if not ranks.is_first():
+                    return {}
             return {
                 "version": VERSION,
                 "update_index": self.update_index,
-                "schedule": None if self._schedule is None else schedule_to_state(self._schedule),
+                "schedule": self._schedule_as_json(),
                 "weights": clean,
                 "precision": self.precision,
                 "companions": companions,
@@ -408,25 +452,34 @@ class ModelEMA:
                 ),
             }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False
+    ) -> None:
         """Load what `state_dict` returned, or a module's state dict, and go on from there.
 
         Values are converted to this EMA's dtypes and precision. A warning says what had to be
-        rounded, and what the state does not tell; and where its schedule replaces another one.
+        rounded, and what the state does not tell; and where its schedule replaces another one. Of a
+        sharded model, each rank takes its part of a tensor that is not sharded.
+
+        Args:
+            state: The state.
+            full_state_dict: Whether rank 0 alone has it, with whole tensors; what the other ranks
+                give, who all have to call this, is not looked at.
 
         Raises:
             ValueError: The state is not of this kind or version, or names or shapes do not fit.
                 Nothing has been loaded then, nor after any other error.
             RuntimeError: The models' weights are swapped.
         """
-        for remark in self._load(Saved.of(state), "load_state_dict()"):
+        for remark in self._load_state(state, Saved.of, full_state_dict):
             warnings.warn(remark, UserWarning, stacklevel=2)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
 
         For others to use; to go on training save `state_dict`, which has more. An old file is
-        replaced only once the new one is complete. The update index is in its metadata.
+        replaced only once the new one is complete. The update index is in its metadata. Of a
+        sharded model all ranks have to call this, and rank 0 writes whole tensors.
 
         Args:
             path: The file.
@@ -437,7 +490,11 @@ class ModelEMA:
         """
         with self._lock:
             told = {"format": "pt", "update_index": str(self.update_index)}
-            files.write_weights(path, self.state_dict()["weights"], told)
+            if not is_sharded(self.model):
+                files.write_weights(path, self.state_dict()["weights"], told)
+                return
+            weights = self.state_dict(full_state_dict=True).get("weights", {})
+            ranks.from_first(lambda: files.write_weights(path, weights, told))
 
     def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         """Load the weights that this or another library saved, and go on from there.
@@ -445,7 +502,7 @@ class ModelEMA:
         Recognised are a module's state dict (Ignite, PyTorch) in any nesting of `module.` and
         `_orig_mod.`, `torch.optim.swa_utils.AveragedModel`, timm's checkpoints and `ModelEmaV3`,
         ema-pytorch's `EMA`, diffusers' `EMAModel`, and what `state_dict` and `save_weights` made.
-        The update index and the schedule stay; a warning says what the source counts.
+        The update index and the schedule stay; a warning says what another library's state counts.
 
         Args:
             source: A dict; or a file of safetensors or `torch.save`, told by its content.
@@ -462,16 +519,30 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = weights_from(source, self.ema_model)
+        found, remarks = weights_from(source, self._ema_model)
         for remark in self._load(found, "load_weights()", remarks):
             warnings.warn(remark, UserWarning, stacklevel=2)
+
+    def _load_state(
+        self, state: object, read: Callable[[object], Saved], full_state_dict: bool
+    ) -> list[str]:
+        what = "load_state_dict()"
+        if full_state_dict:
+            with self._lock, torch.no_grad():
+                self._refuse_inside_swap(what)
+                shards.reshard(self._ema_model)
+                return self._load(spread_from_first(state, read, self._ema_model), what)
+        return self._load(read(state), what)
 
     def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> list[str]:
         """Load it, and return what is to be warned of."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
+            # torch.distributed.checkpoint has read into the tensors of state_dict(), that is into
+            # this EMA, whose next plan would take the companions for stale.
+            found = found.apart_from(self._known_plan().companions.companions)
             plan, _ = self._current_plan()
-            self._memory, lost = load(found, self.ema_model, plan, self.precision)
+            self._memory, lost = load(found, self._ema_model, plan, self.precision)
             self._backend = None  # no plan counts before there is one with this memory
             lost += remarks
             said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
@@ -503,6 +574,7 @@ class ModelEMA:
                 "_memory": memory,
                 "_alarm": Alarm(0 if memory is None else memory.nonfinite),
                 "_following": None,
+                "_buffers_group": None,  # means nothing to another process
             }
             del state["_lock"]
             return state
@@ -512,17 +584,24 @@ class ModelEMA:
         with self._lock:
             twin = memo[id(self)] = type(self).__new__(type(self))
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            twin._buffers_group = self._buffers_group
             return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
 
+    def _schedule_as_json(self) -> str | None:
+        # One value: torch.distributed.checkpoint would take a dict's keys apart, and miss them if
+        # the schedule is another one when it loads.
+        state = None if self._schedule is None else schedule_to_state(self._schedule)
+        return None if state is None else json.dumps(state)
+
     def _swap_in(self) -> nn.Module:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap("swapped()")
             plan, _ = self._current_plan()
-            swap = Swap(self.model, plan, self._chosen.exchange)
+            swap = Swap(self.model, self._ema_model, plan, self._chosen.exchange)
             swap.enter()
             self._swap = swap
             return self.model
@@ -571,7 +650,10 @@ class ModelEMA:
             online = plan.copies.read()
             if online is not None:
                 return plan, online
-        plan = self._make_plan()
+        # Perhaps a forward has only gathered the shards.
+        shards.reshard(self.model, self._ema_model)
+        if plan is None or self._backend is None or plan.is_stale() or plan.copies.read() is None:
+            plan = self._make_plan()
         online = plan.copies.read()
         assert online is not None  # just planned
         return plan, online
@@ -588,7 +670,7 @@ class ModelEMA:
         with torch.inference_mode(False), torch.no_grad():
             plan = make_plan(
                 self.model,
-                self.ema_model,
+                self._ema_model,
                 self.handle_buffers,
                 ema_dtype=ema_dtype,
                 precision=self.precision,

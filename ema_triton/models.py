@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ema_triton import shards
+from ema_triton.pairs import Slots, own_copy
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -19,6 +22,39 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+class Shell(nn.Module):
+    """A model's names with a copy of this rank's part of each tensor, and without a forward.
+
+    It holds the EMA of a sharded model, which could not be copied, nor run, as a module.
+    """
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shell:
+        """One for this model, whose tied tensors stay tied."""
+        shell, copies = cls(), dict[int, Tensor]()
+        slots = Slots.of(model)
+        for name, slot in (slots.parameters | slots.buffers | slots.empty_buffers).items():
+            path, _, key = name.rpartition(".")
+            owner: Any = shell
+            for step in path.split(".") if path else ():
+                owner = owner._modules.setdefault(step, nn.Module())
+            whole, part = slot.whole(), slot.read()
+            if whole is not None and part is not None and id(whole) not in copies:
+                copies[id(whole)] = shards.like(own_copy(part, like=whole), whole)
+            if name in slots.parameters:
+                owner._parameters[key] = copies[id(whole)]
+            else:
+                owner._buffers[key] = None if whole is None else copies[id(whole)]
+            if name in slots.caches:
+                owner._non_persistent_buffers_set.add(key)
+        return shell
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of its tensors are."""
+    return any(map(shards.is_sharded, [*model.parameters(), *model.buffers()]))
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -43,7 +79,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def check_model(model: object) -> None:
-    """Raise unless it is a module whose tensors are whole and in Python's reach."""
+    """Raise unless it is a module whose tensors are in Python's reach."""
     if not isinstance(model, nn.Module):
         raise ValueError(
             "model should be an instance of nn.Module or its subclasses, but got "
@@ -53,13 +89,29 @@ def check_model(model: object) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules():
         which = f"module {name!r}" if name else "the model"
-        if fsdp and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+        if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
             raise NotImplementedError(
-                f"{which} is sharded by FSDP, and averaging shards is not supported yet. Use "
-                "DistributedDataParallel, or build the EMA of the unsharded model."
+                f"{which} is sharded by FullyShardedDataParallel (FSDP1), whose flat parameters "
+                "have neither names nor shapes outside of its forward. Shard the model by "
+                "torch.distributed.fsdp.fully_shard (FSDP2), which keeps both."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(
                 f"{which} is a TorchScript module, which keeps its tensors out of Python's reach. "
                 "Build the EMA of the Python module, and script its ema_model if need be."
+            )
+    shards.reshard(model)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise NotImplementedError(
+                f"'{name}' is partitioned by DeepSpeed's ZeRO-3, which keeps its values in places "
+                "of its own. Train with ZeRO stage 1 or 2, whose parameters are whole, or shard "
+                "the model by torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+        if shards.is_sharded(parameter) and any(
+            placement.is_partial() for placement in cast(Any, parameter).placements
+        ):
+            raise ValueError(
+                f"'{name}' is {shards.described(parameter)}: its values are sums over the ranks, "
+                "which have to be made before they are averaged. Call redistribute() on it first."
             )

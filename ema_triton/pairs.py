@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ema_triton import shards
+
 # What can be averaged, and the dtype of the real numbers in it.
 REAL_DTYPE = {
     torch.float64: torch.float64,
@@ -27,8 +29,18 @@ class Slot(NamedTuple):
     key: str
 
     def read(self) -> Tensor | None:
-        """The tensor that is there now, also after it was replaced."""
+        """The tensor that is there now, also after it was replaced; of a sharded one, its part."""
+        return shards.local(self.whole())  # type: ignore[no-any-return]
+
+    def whole(self) -> Tensor | None:
+        """The same, sharded or not."""
         return self.owner.get(self.key)
+
+    def write(self, tensor: Tensor) -> None:
+        """Put it there, or have the sharded tensor that is there be around it."""
+        whole = self.whole()
+        if shards.local(whole) is not tensor or (whole is not None and whole.dtype != tensor.dtype):
+            self.owner[self.key] = shards.like(tensor, whole)
 
     @property
     def place(self) -> tuple[int, str]:
@@ -80,9 +92,13 @@ class Slots(NamedTuple):
         return slots
 
 
+# What torch.compile, and checkpoint_wrapper of activations, put into the names.
+WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
 def clean_name(name: str) -> str:
-    """The name without the `_orig_mod` that torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """The name without what wrappers inside the model put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot]) -> list[Pair]:
@@ -111,6 +127,7 @@ def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot])
             mine = own_copy(online)
         else:
             _check_kind(kind, name, mine)
+            _check_layouts(name, slot.whole(), ema[name].whole())
             _check_shapes(name, online, mine)
         pairs.append(Pair([name], [slot], [ema[name]], online, mine))
     return pairs
@@ -205,9 +222,9 @@ def listed(names: list[str]) -> str:
 def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "__tensor_flatten__"):
         raise NotImplementedError(
-            f"{kind} '{name}' is a {type(tensor).__name__}, which keeps its data in other tensors. "
-            "Averaging sharded or wrapped tensors is not supported yet. Build the EMA before "
-            "fully_shard() or quantization, or keep this model under DDP."
+            f"{kind} '{name}' is a {type(tensor).__name__}, which keeps its data in other tensors "
+            "in a way of its own, and cannot be averaged. Build the EMA before the model is "
+            "converted, e.g. quantized."
         )
     if nn.parameter.is_lazy(tensor):
         raise ValueError(
@@ -230,6 +247,17 @@ def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
             f"{kind} '{name}' has no memory (device {tensor.device}, address 0), so there is "
             "nothing to read or to write. Materialize it first: meta tensors with "
             "model.to_empty(device=...), storages freed by a sharding engine by gathering them."
+        )
+
+
+def _check_layouts(name: str, online: Tensor | None, ema: Tensor | None) -> None:
+    if ema is not None and shards.layout(online) != shards.layout(ema):
+        raise ValueError(
+            f"'{name}' is {shards.described(online)} in the online model but "
+            f"{shards.described(ema)} in the EMA model, so that a rank has other elements of the "
+            "one than of the other. Build the EMA after the model is sharded, with an ema_model "
+            "that is sharded likewise, or without: a sharded model needs none, see "
+            "ModelEMA.swapped()."
         )
 
 

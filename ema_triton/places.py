@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ema_triton import shards
+
 
 class Place:
-    """A slot, the tensor in it, and that tensor's memory."""
+    """A slot, the tensor in it, and that tensor's memory; `part` is what of it is on this rank."""
 
     def __init__(self, owner: dict[str, Tensor | None], key: str, tensor: Tensor) -> None:
         self.owner, self.key, self.tensor = owner, key, tensor
-        self._data = tensor.detach()
+        self.part: Tensor = shards.local(tensor)
+        self._data = self.part.detach()
 
     @classmethod
     def all_of(cls, model: nn.Module) -> Iterator[Place]:
@@ -30,8 +33,11 @@ class Place:
         found = self.owner.get(self.key) is not self.tensor
         if found:
             self.owner[self.key] = self.tensor
-        if _memory(self.tensor) != _memory(self._data):
-            self.tensor.data = self._data
+        if shards.local(self.tensor) is not self.part:
+            self.tensor._local_tensor = self.part  # type: ignore[attr-defined]
+            found = True
+        if _memory(self.part) != _memory(self._data):
+            self.part.data = self._data
             found = True
         return found
 

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ema_triton import shards
 from ema_triton.companions import Companions, lies_at
 from ema_triton.groups import Groups
+from ema_triton.models import Shell
 from ema_triton.pairs import (
     REAL_DTYPE,
     Pair,
@@ -83,6 +85,7 @@ class Bucket:
         if scale == 1:
             return momentum
         if isinstance(momentum, Tensor):
+            momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
             return torch.where(momentum == 1, momentum, (momentum * scale).clamp(max=1))
         return 1.0 if momentum == 1 else min(momentum * scale, 1.0)
 
@@ -138,13 +141,15 @@ class Plan:
     """Everything an update does: average the buckets, make the copies.
 
     `kept` pairs are buffers that only `sync` copies. `nonfinite` are the non-finite values that
-    were counted before this plan.
+    were counted before this plan. `ema_buffers` are the EMA's buffers that an update writes, in an
+    order that is the same on all ranks, with what exact ones have beside them.
     """
 
     buckets: list[Bucket]
     copies: Copies
     kept: list[Pair]
     averaged: list[Pair]
+    ema_buffers: list[Tensor]
     ema_tensors: list[Tensor]
     companions: Companions
     seed: int
@@ -218,7 +223,7 @@ def make_plan(
     Raises:
         ValueError: The models' names or shapes disagree, or a tensor has no memory of its own.
         TypeError: A tensor is of a kind that cannot be averaged.
-        NotImplementedError: A tensor is sharded.
+        NotImplementedError: A tensor keeps its data in a way of its own.
     """
     online, ema = Slots.of(model), Slots.of(ema_model)
     # A cache may appear in one model's forward and not yet in the other's: whose it is, keeps it.
@@ -242,12 +247,19 @@ def make_plan(
     for pair in averaged:
         check_averaged(pair)
 
-    by_key: dict[Key, list[Pair]] = {}
+    beside: list[tuple[Pair, Tensor, Tensor]] = []
+    by_key: dict[tuple[Key, str | None], list[Pair]] = {}
     # Small tensors first and side by side: the reference path gathers them.
     for pair in sorted(averaged, key=lambda pair: pair.online.numel()):
+        key = _key(pair, ema_dtype, precision, groups.scale(pair.names))
+        sharded = shards.is_sharded(pair.ema_slots[0].whole())
+        if anchored := sharded and not isinstance(ema_model, Shell):
+            _check_anchored(pair, key)
         if pair.online.numel():
-            key = _key(pair, ema_dtype, precision, groups.scale(pair.names))
-            by_key.setdefault(key, []).append(pair)
+            by_key.setdefault((key, pair.name if anchored else None), []).append(pair)
+        elif sharded and key.precision == "exact":  # other ranks have a part of it, and beside it
+            weight = as_real(pair.ema)
+            beside.append((pair, weight, weight.to(COMPANION_DTYPE[key.ema_dtype])))
     past = _Past.of(previous, memory)
     kept = buffers if handle_buffers == "ema_train" else []
     # EMA tensors, and what their data becomes. Those in buckets keep all their digits until they
@@ -258,17 +270,16 @@ def make_plan(
         if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
             moved = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
             moves.append((pair.ema, moved))
-    beside: list[tuple[Pair, Tensor, Tensor]] = []
     buckets = [
-        _lay_flat(key, pairs, number, guarded, past, moves, beside)
-        for number, (key, pairs) in enumerate(by_key.items())
+        _lay_flat(key, pairs, number, guarded, anchored is not None, past, moves, beside)
+        for number, ((key, anchored), pairs) in enumerate(by_key.items())
     ]
     # From here on tensors change, and nothing fails.
     for tensor, data in moves:
         tensor.data = data
     for pair in averaged + copied + kept:
-        for owner, slot_key in pair.ema_slots:
-            owner[slot_key] = pair.ema
+        for slot in pair.ema_slots:
+            slot.write(pair.ema)
     ema_tensors = [pair.ema for pair in averaged]
     draws = [bucket.draws[1] for bucket in buckets if bucket.draws is not None]
     return Plan(
@@ -276,6 +287,7 @@ def make_plan(
         copies=Copies.of(copied),
         kept=kept,
         averaged=averaged,
+        ema_buffers=_buffers([*averaged, *copied], ema, beside),
         ema_tensors=ema_tensors,
         companions=Companions.of(beside, ema_tensors),
         seed=past.seed,
@@ -294,6 +306,36 @@ def _key(pair: Pair, ema_dtype: torch.dtype | None, precision: str, scale: float
     if ema_dtype not in COMPANION_DTYPE or scale is None:
         precision = "nearest"
     return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense, precision, scale)
+
+
+def _buffers(
+    pairs: list[Pair], ema: Slots, beside: list[tuple[Pair, Tensor, Tensor]]
+) -> list[Tensor]:
+    companions = {id(pair): companion for pair, _, companion in beside}
+    buffers = {slot.place for slot in ema.buffers.values()}
+    found = []
+    for pair in pairs:
+        if pair.ema_slots[0].place in buffers:
+            # Written, it shall not look as if somebody else had done so.
+            found.append(pair.ema.data)
+            found += [companions[id(pair)]] if id(pair) in companions else []
+    return found
+
+
+def _check_anchored(pair: Pair, key: Key) -> None:
+    """A sharded EMA model gathers its parts from where they are, which is known to itself alone."""
+    ema = as_real(pair.ema)
+    if (
+        (ema.device, ema.dtype) != (key.device, key.ema_dtype)
+        or not key.dense
+        or ema.stride() != as_real(pair.online).stride()
+    ):
+        raise ValueError(
+            f"'{pair.name}' is {ema.dtype} on {ema.device} with strides {ema.stride()} in the "
+            f"sharded EMA model, where {key.ema_dtype} on {key.device} with the online tensor's "
+            f"strides {as_real(pair.online).stride()} is needed, and a sharded tensor stays as it "
+            "is. Build the ema_model so before sharding it, or leave it out."
+        )
 
 
 class _Past(NamedTuple):
@@ -337,6 +379,7 @@ def _lay_flat(
     pairs: list[Pair],
     number: int,
     guarded: bool,
+    anchored: bool,
     past: _Past,
     moves: list[tuple[Tensor, Tensor]],
     beside: list[tuple[Pair, Tensor, Tensor]],
@@ -344,14 +387,14 @@ def _lay_flat(
     """Lay the EMA tensors of one bucket flat in one buffer, with the online tensors' strides.
 
     What their data becomes is appended to `moves`; the exact ones are, with weight and companion,
-    to `beside`.
+    to `beside`. One that is `anchored`, alone in its bucket, is the buffer itself.
     """
     align = ALIGNMENT // key.ema_dtype.itemsize
     sources = [as_real(pair.online) for pair in pairs]
     offsets, total = [], 0
     for source in sources:
         offsets.append(total)
-        total += -(-source.numel() // align) * align
+        total += source.numel() if anchored else -(-source.numel() // align) * align
 
     def views_of(flat: Tensor) -> list[Tensor]:
         return [
@@ -372,7 +415,12 @@ def _lay_flat(
             and all(map(lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
         ):
             kept = bucket
-    flat = kept.flat if kept else torch.zeros(total, dtype=key.ema_dtype, device=key.device)
+    if kept is not None:
+        flat = kept.flat
+    elif anchored:
+        flat = as_real(pairs[0].ema.data).as_strided((sources[0].numel(),), (1,))
+    else:
+        flat = torch.zeros(total, dtype=key.ema_dtype, device=key.device)
     weights = views_of(flat)
     companion, draws = None, None
     if key.precision == "exact":
@@ -389,7 +437,7 @@ def _lay_flat(
     if key.precision == "stochastic":
         draws = torch.tensor([(past.seed + number) % 2**63, 0], device=key.device)
         draws[1] = past.drawn
-    if kept is None:
+    if kept is None and not anchored:
         for pair, weight in zip(pairs, weights, strict=True):
             data = torch.view_as_complex(weight) if key.is_complex else weight
             moves.append((pair.ema, data))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ema_triton import shards
 from ema_triton.pairs import REAL_DTYPE, clean_name, listed
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
@@ -89,6 +91,13 @@ class Saved(NamedTuple):
                 f"{update_index!r}. The checkpoint is damaged."
             )
         if schedule is not None:
+            try:
+                schedule = json.loads(schedule)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"The state's schedule should be JSON, but is {schedule!r}. The checkpoint is "
+                    "damaged."
+                ) from error
             schedule = schedule_from_state(schedule)
             try:
                 momentum_from(schedule, update_index + 1)
@@ -102,6 +111,19 @@ class Saved(NamedTuple):
         return cls(
             weights, companions, precision, **counts, update_index=update_index, schedule=schedule
         )
+
+    def apart_from(self, tensors: Iterable[Tensor]) -> Saved:
+        """The same with companions that share no memory with these, which will be written."""
+        memory = set(map(_storage, tensors))
+        companions = {
+            name: value.clone()
+            if isinstance(value, Tensor)
+            and value.layout == torch.strided
+            and _storage(shards.local(value)) in memory
+            else value
+            for name, value in self.companions.items()
+        }
+        return self._replace(companions=companions)
 
     def check_fit(self, own: Mapping[str, Any]) -> None:
         """Compare with the EMA model's own state, by clean name.
@@ -253,7 +275,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_extra(name: str) -> bool:
-    return name.endswith("_extra_state")
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _loses_digits(value: Tensor, target: torch.dtype) -> bool:

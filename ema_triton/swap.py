@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ema_triton import shards
 from ema_triton.pairs import listed
 from ema_triton.places import Place
 from ema_triton.plan import Bucket, Plan
@@ -22,8 +23,14 @@ class Swap:
     values wait in a copy, and the EMA model keeps its own.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, exchange: Callable[[Bucket], None]) -> None:
-        self._model, self._plan, self._exchange = model, plan, exchange
+    def __init__(
+        self,
+        model: nn.Module,
+        ema_model: nn.Module,
+        plan: Plan,
+        exchange: Callable[[Bucket], None],
+    ) -> None:
+        self._model, self._ema_model, self._plan, self._exchange = model, ema_model, plan, exchange
         overlapping = self._overlapping = _overlapping(plan.buckets)
         self._in_place = [
             bucket
@@ -50,20 +57,21 @@ class Swap:
         self._pairs = plan.averaged
         self._moved = [pair for pair in self._pairs if pair.name in names]
         self._places = [
-            Place(slot.owner, slot.key, tensor)
+            Place(slot.owner, slot.key, whole)
             for pair in self._pairs
-            for tensor, slots in ((pair.online, pair.online_slots), (pair.ema, pair.ema_slots))
-            for slot in slots
+            for slot in (*pair.online_slots, *pair.ema_slots)
+            if (whole := slot.whole()) is not None
         ]
-        self._buffers = [
-            Place(owner, key, tensor)
-            for owner, key, tensor in zip(plan.copies.owners, plan.copies.keys, online, strict=True)
+        self._copies = [
+            Place(owner, key, owner[key])
+            for owner, key in zip(plan.copies.owners, plan.copies.keys, strict=True)
         ]
         self._versions: list[int] = []
         self._warning: Any = None
 
     def enter(self) -> None:
         """Put the EMA's values into the online model; if that fails, it has its own again."""
+        shards.reshard(self._model, self._ema_model)
         self._waiting = [tensor.detach().clone() for tensor, _ in self._aside]
         try:
             with torch.no_grad():
@@ -85,14 +93,15 @@ class Swap:
     def leave(self) -> None:
         """Put both sides' values back, whatever became of the tensors meanwhile; warn of writes."""
         self._warning.remove()
+        shards.reshard(self._model, self._ema_model)  # what was gathered is the EMA's
         versions = self._current_versions()
         written = {
-            id(place.tensor)
+            id(place.part)
             for place, before, now in zip(self._places, self._versions, versions, strict=True)
             if before != now
         }
         replaced = [place.put_back() for place in self._places]
-        for place in self._buffers:
+        for place in self._copies:
             place.put_back()
         self._restore()
         self._tell()
@@ -115,10 +124,12 @@ class Swap:
     def outside(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         """The EMA model's state, some of whose values are in the online model now."""
         where = {pair.ema.data_ptr(): pair.online.detach() for pair in self._moved}
-        return {
-            name: where.get(value.data_ptr(), value) if isinstance(value, Tensor) else value
-            for name, value in weights.items()
-        }
+        found = dict(weights)
+        for name, value in weights.items():
+            if isinstance(value, Tensor):
+                online = where.get(shards.local(value).data_ptr())
+                found[name] = value if online is None else shards.like(online, value)
+        return found
 
     def _restore(self) -> None:
         with torch.no_grad():
@@ -143,13 +154,17 @@ class Swap:
     def _tell(self) -> None:
         """Autograd, which sees no kernel's writes."""
         torch.autograd.graph.increment_version(
-            [pair.online for pair in self._moved if not pair.online.is_inference()]
+            [
+                tensor
+                for pair in self._moved
+                for tensor in shards.counters(pair.online_slots[0].whole())
+                if not tensor.is_inference()
+            ]
         )
         self._plan.wrote()
 
     def _current_versions(self) -> list[int]:
-        tensors = [place.tensor for place in self._places]
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [shards.version(place.tensor) for place in self._places]
 
 
 def _overlapping(buckets: Iterable[Bucket]) -> list[Bucket]:

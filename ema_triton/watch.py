@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ema_triton import shards
 from ema_triton.pairs import Pair, Slot
 
 
@@ -40,6 +41,7 @@ class Watch:
     vacant: list[tuple[dict[str, Any], str]]
     counted: list[dict[str, Any]]
     counts: list[int]
+    sharded: list[bool]  # by slot; empty if none is
 
     @classmethod
     def over(cls, model: nn.Module, ema_model: nn.Module, pairs: list[Pair]) -> Watch:
@@ -56,6 +58,7 @@ class Watch:
         online = strided + [slot for pair in vectors for slot in pair.online_slots]
         slots = online + [slot for pair in pairs for slot in pair.ema_slots]
         tensors: list[Any] = [slot.read() for slot in slots]
+        sharded = [shards.is_sharded(slot.whole()) for slot in slots]
         return cls(
             owners=[slot.owner for slot in slots],
             keys=[slot.key for slot in slots],
@@ -75,12 +78,18 @@ class Watch:
             vacant=[(owner, key) for owner in counted for key in owner if owner[key] is None],
             counted=counted,
             counts=[*map(len, counted)],
+            sharded=sharded if any(sharded) else [],
         )
 
     def is_stale(self) -> bool:
         """Whether anything differs from what was remembered."""
         try:
             tensors = [*map(getitem, self.owners, self.keys)]
+            if self.sharded:
+                tensors = [
+                    tensor._local_tensor if sharded else tensor
+                    for tensor, sharded in zip(tensors, self.sharded, strict=True)
+                ]
             return (
                 [*map(Tensor.data_ptr, tensors)] != self.addresses
                 or [*map(Tensor.numel, tensors[: len(self.sizes)])] != self.sizes
@@ -92,7 +101,8 @@ class Watch:
                 or not all(map(is_, starmap(getitem, self.vacant), repeat(None)))
                 or [*map(len, self.counted)] != self.counts
             )
-        except (KeyError, TypeError, RuntimeError):  # vanished, None, or without an address
+        # It vanished, is None, has no address, or is no longer sharded.
+        except (KeyError, TypeError, RuntimeError, AttributeError):
             return True
 
 
@@ -119,6 +129,7 @@ class Copies:
     ema_owners: list[dict[str, Any]]
     ema_keys: list[str]
     ema: list[Tensor]
+    sharded: bool
 
     @classmethod
     def of(cls, pairs: list[Pair]) -> Copies:
@@ -131,16 +142,24 @@ class Copies:
             ema_owners=[pair.ema_slots[0].owner for pair in pairs],
             ema_keys=[pair.ema_slots[0].key for pair in pairs],
             ema=[pair.ema for pair in pairs],
+            sharded=any(
+                shards.is_sharded(slot.whole())
+                for pair in pairs
+                for slot in (pair.online_slots[0], pair.ema_slots[0])
+            ),
         )
 
     def read(self) -> list[Tensor] | None:
         """The online tensors as they are now; None if anything does not fit the plan any more."""
         try:
             online = [*map(getitem, self.owners, self.keys)]
+            ema = [*map(getitem, self.ema_owners, self.ema_keys)]
+            if self.sharded:
+                online, ema = [*map(shards.local, online)], [*map(shards.local, ema)]
             if (
                 [*map(Tensor.size, online)] == self.sizes
                 and [*map(_kind, online)] == self.kinds
-                and all(map(is_, map(getitem, self.ema_owners, self.ema_keys), self.ema))
+                and all(map(is_, ema, self.ema))
             ):
                 return online
         except (AttributeError, KeyError, TypeError):  # vanished, or None

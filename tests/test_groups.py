@@ -342,3 +342,15 @@ def test_what_cannot_be_copied_asks_for_an_ema_model(
     assert ema.ema_model is mine
     found = moved(ema if isinstance(ema, ModelEMA) else ema.ema)
     assert found == {"weight": 0.25, "bias": 1.0}
+
+
+def test_a_factor_does_not_round_a_momentum_of_few_digits() -> None:
+    model = nn.Linear(2, 2)
+    ema = ModelEMA(model, momentum_scale={"*": 0.1})
+    ema.update(0.5)
+    (bucket,) = ema._plan.buckets
+    momentum = torch.tensor(0.3, dtype=torch.bfloat16)
+    share = bucket.share(momentum)
+    assert share.dtype == torch.float32
+    assert share.item() == pytest.approx(float(momentum) * 0.1, rel=2**-23)
+    assert bucket.share(momentum.double()).dtype == torch.float64

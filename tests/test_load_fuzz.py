@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import random
 import types
 import warnings
@@ -113,6 +114,7 @@ class Subject:
     def load(self, state: Any) -> list[str]:
         """Load it, and say what is wrong with that."""
         before, refused, problems = self.picture(), False, []
+        state = closed(state)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -132,6 +134,19 @@ class Subject:
         if not same(*(ema.state_dict() for ema in self.emas)):
             problems.append("goes on otherwise than its twin")
         return problems
+
+
+def opened(state: dict[str, Any]) -> dict[str, Any]:
+    """With a schedule whose parts can be mangled."""
+    return state | {"schedule": json.loads(state["schedule"])}
+
+
+def closed(state: Any) -> Any:
+    """As it is saved, if what was made of the schedule can be."""
+    if type(state) is dict and type(state.get("schedule")) is dict:
+        with suppress(TypeError, ValueError):
+            return state | {"schedule": json.dumps(state["schedule"])}
+    return state
 
 
 def full(weight: Any, rest: Any) -> Any:
@@ -171,7 +186,7 @@ def disagreement(ema: ModelEMA, before: Any, state: Any) -> list[str]:
     if whole and "schedule" not in state:
         problems.append("loaded without a schedule")
     elif whole and state["schedule"] is not None:
-        if mine["schedule"] != state["schedule"]:
+        if json.loads(mine["schedule"]) != json.loads(state["schedule"]):
             problems.append("the schedule differs")
         try:
             momentum_from(ema.schedule, ema.update_index + 1)
@@ -299,7 +314,7 @@ def valid_state(options: str) -> dict[str, Any]:
     donor = Subject(ModelEMA, OPTIONS[options])
     donor.emas[0].schedule = Delayed(LinearWarmup(0.5, 0.1, 7), 2)
     donor.go_on(2)
-    return donor.emas[0].state_dict(clone=True)
+    return opened(donor.emas[0].state_dict(clone=True))
 
 
 def fuzz(owner: type, options: str) -> dict[str, str]:

@@ -1310,3 +1310,22 @@ def test_mixtures_of_dtypes(data: st.DataObject, backend_name: str) -> None:
             assert_nearest(shown, value)
         else:
             assert torch.equal(shown, value)
+
+
+def test_a_parameter_may_be_called_like_extra_state() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.my_extra_state = nn.Parameter(torch.randn(4).bfloat16())
+
+    net = Net()
+    ema = ModelEMA(net)
+    net.my_extra_state.data.add_(1.0)
+    ema.update(1e-3)
+    state = copy.deepcopy(ema.state_dict())
+    assert state["companions"]["my_extra_state"].any()
+    other = ModelEMA(net)
+    other.load_state_dict(state)
+    assert torch.equal(
+        other.state_dict()["companions"]["my_extra_state"], state["companions"]["my_extra_state"]
+    )

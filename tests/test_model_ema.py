@@ -492,35 +492,6 @@ def test_a_parameter_in_place_of_none_is_an_error_at_once() -> None:
         ema.update(0.5)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_a_sharded_model_is_a_clear_error(tmp_path: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_module
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = distribute_module(nn.Linear(2, 2), mesh)
-        with pytest.raises(NotImplementedError, match=r"'weight' is a DTensor.*not supported yet"):
-            ModelEMA(sharded)
-        model = nn.Linear(2, 2)
-        ema = ModelEMA(model)
-        fully_shard(model, mesh=mesh)
-        with pytest.raises(NotImplementedError, match=r"sharded by FSDP|is a DTensor"):
-            ema.update(0.5)
-        with pytest.raises(NotImplementedError, match="the model is sharded by FSDP"):
-            ModelEMA(model)
-        with pytest.raises(NotImplementedError, match="module '0' is sharded by FSDP"):
-            ModelEMA(nn.Sequential(model))
-        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
-        assert ModelEMA(wrapped).model is wrapped.module
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_inside_a_compiled_step(backend: str) -> None:
