@@ -1,5 +1,6 @@
 """The benchmark measures what it says: shapes, bytes, a gate before the clock, an honest report."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import around, drift, gate, measure, peers, report, run, step
+from bench import around, drift, gate, measure, peers, report, run, scaling, step
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
@@ -521,3 +522,25 @@ PER_ELEMENT = {
     "fp32<-fp32": [12, 12, 12, 32, 8, 0, 8],
     "bf16<-bf16 exact": [10, 10, 10, 16, 6, 0, 8],
 }
+
+
+def test_the_table_of_scaling_is_the_documents() -> None:
+    document = Path(__file__).parent.parent / "docs" / "scaling.md"
+    assert scaling.table(4.3e12, 0.5e-6) in document.read_text()
+
+
+def test_scaling_counts_the_parameters_of_the_models_it_names() -> None:
+    counted = {
+        model.name: sum(math.prod(shape) for shape in model.shapes()) / 1e9
+        for model in scaling.MODELS
+    }
+    assert counted == {
+        "7 B": pytest.approx(6.74, abs=0.005),
+        "70 B": pytest.approx(70.55, abs=0.005),
+        "405 B": pytest.approx(405.85, abs=0.005),
+    }
+
+
+def test_scaling_counts_what_the_fullest_rank_has() -> None:
+    assert scaling.on_the_fullest_rank([(8, 3), (9, 2), (1,)], 4) == 2 * 3 + 3 * 2 + 1
+    assert scaling.on_the_fullest_rank([(8, 3), (9, 2), (1,)], 1) == 24 + 18 + 1

@@ -29,18 +29,25 @@ def test_every_public_class_has_an_example() -> None:
         assert ">>>" in getattr(ema_triton, name).__doc__, name
 
 
-def test_readme_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ignite")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for variable, value in {**alone, "MASTER_PORT": "0"}.items():  # as torchrun would
+        monkeypatch.setenv(variable, value)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {}
     for block in blocks:
-        exec(block.replace("/tmp/ema_triton_readme", str(tmp_path)), names)
+        exec(block.replace("/tmp/ema_triton", str(tmp_path / "run")), names)
     printed = capsys.readouterr().out
     assert "foreach - " in printed or names["ema"].backend == "triton"
     assert "2 updates" in printed
     names["saver"](names["trainer"])
-    assert [file.suffix for file in tmp_path.iterdir()] == [".pt"]
+    assert [file.suffix for file in (tmp_path / "run_readme").iterdir()] == [".pt"]
+    assert (tmp_path / "run_dcp" / ".metadata").exists()
+    assert names["whole"]["update_index"] == 1
     assert names["handler"].update_index == 10
 
 

@@ -1,0 +1,716 @@
+"""EMAs of sharded models: each rank averages its own parts, and nothing goes between the ranks."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from ema_triton import ModelEMA, shards
+from ema_triton.precision import join
+from ema_triton.shards import local
+from tests.ranks import run
+
+pytestmark = pytest.mark.distributed
+
+
+class Net(nn.Module):
+    """Of odd sizes: no tensor has as many rows as two, three or four ranks would like."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7, dtype=dtype)
+        self.norm = nn.LayerNorm(7, dtype=dtype)
+        self.last = nn.Linear(7, 1, dtype=dtype)
+        self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
+        self.register_buffer("shift", torch.zeros(7))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        x = self.norm(self.first(x)) + self.shift.to(x.dtype)
+        return self.last(x.relu()) * self.scale
+
+
+def shard(net, **options):
+    fully_shard(net.first, **options)
+    fully_shard(net.last, **options)
+    return fully_shard(net, **options)
+
+
+def by_fsdp():
+    return shard(Net())
+
+
+def of_bfloat16():
+    return shard(Net(torch.bfloat16))
+
+
+def of_float16():
+    return shard(Net(torch.float16))
+
+
+def in_mixed_precision():
+    return shard(Net(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def offloaded():
+    return shard(Net(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def kept_gathered():
+    return shard(Net(), reshard_after_forward=False)
+
+
+def in_columns_and_rows(mesh):
+    plan = {
+        "first": ColwiseParallel(output_layouts=Replicate()),
+        "last": RowwiseParallel(input_layouts=Replicate()),
+    }
+    return parallelize_module(Net(), mesh, plan)
+
+
+def in_tensor_parallel():
+    return in_columns_and_rows(init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def in_two_dimensions():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    return shard(in_columns_and_rows(mesh["tp"]), mesh=mesh["dp"])
+
+
+def in_hybrid():
+    return shard(Net(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+
+
+def replicated():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net = Net()
+    for module in net.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            copies = distribute_tensor(parameter.data, mesh, [Replicate()])
+            module.register_parameter(name, nn.Parameter(copies))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            module.register_buffer(name, distribute_tensor(buffer, mesh, [Replicate()]))
+    return net
+
+
+MODELS = {
+    by_fsdp: (2, 3, 4),
+    of_bfloat16: (3,),
+    of_float16: (3,),
+    in_mixed_precision: (2,),
+    offloaded: (2,),
+    kept_gathered: (2,),
+    in_tensor_parallel: (2, 3),
+    in_two_dimensions: (4,),
+    in_hybrid: (4,),
+    replicated: (2,),
+}
+DTYPES = {
+    of_bfloat16: torch.bfloat16,
+    of_float16: torch.float16,
+    in_mixed_precision: torch.bfloat16,
+}
+CASES = [(model, size) for model, sizes in MODELS.items() for size in sizes]
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def wholes(model):
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def wholes_of(ema):
+    state = [ema.state_dict(full_state_dict=True)]
+    dist.broadcast_object_list(state)
+    return state[0]["weights"]
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for part in ("weights", "companions"):
+        assert [*state[part]] == [*expected[part]]
+        for name, value in expected[part].items():
+            assert torch.equal(state[part][name], value), name
+    assert {k: v for k, v in state.items() if k not in ("weights", "companions")} == {
+        k: v for k, v in expected.items() if k not in ("weights", "companions")
+    }
+
+
+def change(model, step):
+    """What a training step does: other values, the same whatever the sharding."""
+    for number, parameter in enumerate(model.parameters()):
+        chance = torch.Generator().manual_seed(1000 * step + number)
+        delta = torch.randn(parameter.shape, generator=chance)
+        with torch.no_grad():
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
+                everywhere = [Replicate()] * mesh.ndim
+                delta = distribute_tensor(delta, mesh, everywhere, src_data_rank=None)
+                delta = delta.redistribute(placements=parameter.placements)
+            parameter.add_(delta)
+    model.shift.add_(1.0)
+    model.count.add_(1)
+
+
+def _averages_each_part(build):
+    torch.manual_seed(0)
+    model = build()
+    ema = ModelEMA(model)
+    plain = Net(model.first.weight.dtype)
+    plain.load_state_dict(wholes(model))
+    truth = ModelEMA(plain, backend="foreach")
+    for step in range(3):
+        change(model, step)
+        plain.load_state_dict(wholes(model))
+        with CommDebugMode() as seen:
+            ema.update(0.25)
+        assert seen.get_total_counts() == 0
+        truth.update(0.25)
+    distance, expected = ema.distance(), truth.distance()
+    assert distance.distance == pytest.approx(expected.distance)
+    assert distance.norm == pytest.approx(expected.norm)
+    assert distance.modules.keys() == expected.modules.keys()
+    for name, of_module in expected.modules.items():
+        assert distance.modules[name].distance == pytest.approx(of_module.distance)
+    state, expected = ema.state_dict(full_state_dict=True), truth.state_dict()
+    if dist.get_rank() == 0:
+        assert_same(state, expected)
+    else:
+        assert state == {}
+    keys = [None] * dist.get_world_size()
+    mine = ema.state_dict()
+    dist.all_gather_object(keys, ([*mine["weights"]], [*mine["companions"]]))
+    assert all(found == keys[0] for found in keys)
+
+
+@pytest.mark.parametrize(("build", "ranks"), CASES)
+def test_each_rank_averages_its_part(build, ranks) -> None:
+    run(ranks, _averages_each_part, build)
+
+
+def _swaps(build):
+    torch.manual_seed(0)
+    model = build()
+    ema = ModelEMA(model)
+    change(model, 0)
+    ema.update(0.25)
+    x = torch.randn(6, 5).to(DTYPES.get(build, torch.float32))
+    if build is replicated:
+        x = distribute_tensor(x, model.scale.device_mesh, [Replicate()])
+    with torch.no_grad():
+        before = whole(model(x))  # leaves the root gathered
+    averaged = wholes_of(ema)
+    plain = Net(torch.float64)
+    plain.load_state_dict(averaged)
+    expected = plain(whole(x).double())
+    online = wholes(model)
+    addresses = [local(p).data_ptr() for p in model.parameters()]
+    kept = {name: local(value).clone() for name, value in ema.state_dict()["weights"].items()}
+    with ema.swapped() as evaluated:
+        assert evaluated is model
+        with torch.no_grad():
+            found = whole(model(x))
+        inside = ema.state_dict()["weights"]
+        for name, value in kept.items():
+            assert torch.equal(local(inside[name]), value)
+    # Sums of at most 7 products, each rounded, in the dtype of the forward.
+    rounding = 64 * torch.finfo(DTYPES.get(build, torch.float32)).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
+    assert not torch.allclose(found.float(), before.float(), rtol=rounding, atol=rounding)
+    with torch.no_grad():
+        assert torch.equal(whole(model(x)), before)  # not with what was gathered of the EMA
+    shards.reshard(model)
+    assert addresses == [local(p).data_ptr() for p in model.parameters()]
+    for name, value in wholes(model).items():
+        assert torch.equal(value, online[name])
+    for name, value in wholes_of(ema).items():
+        assert torch.equal(value, averaged[name])
+
+
+@pytest.mark.parametrize(("build", "ranks"), CASES)
+def test_a_swapped_model_evaluates_the_ema(build, ranks) -> None:
+    run(ranks, _swaps, build)
+
+
+def _goes_wrong_without_resharding():
+    shards.reshard = lambda *models: None
+    with pytest.raises((AssertionError, RuntimeError)):
+        _swaps(by_fsdp)
+
+
+def test_that_evaluation_depends_on_resharding() -> None:
+    run(2, _goes_wrong_without_resharding)
+
+
+def _twin(build, precision):
+    torch.manual_seed(0)
+    model = build()
+    twin = build()
+    with torch.no_grad():
+        for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs)
+    x = torch.randn(6, 5).to(DTYPES.get(build, torch.float32))
+    with torch.no_grad():
+        twin(x)  # which leaves its root gathered
+    ema = ModelEMA(model, ema_model=twin, precision=precision)
+    alone = ModelEMA(model, precision=precision)
+    assert ema.ema_model is twin
+    for step in range(3):
+        change(model, step)
+        ema.update(0.25)
+        alone.update(0.25)
+        plain = Net(torch.float64)
+        plain.load_state_dict(wholes_of(alone))
+        rounding = 64 * torch.finfo(DTYPES.get(build, torch.float32)).eps
+        with torch.no_grad():
+            found = twin(x)
+        torch.testing.assert_close(
+            whole(found).double(), plain(x.double()), rtol=rounding, atol=rounding
+        )
+    state, expected = ema.state_dict(full_state_dict=True), alone.state_dict(full_state_dict=True)
+    if state:
+        assert_same(state, expected)
+    with ema.swapped(), torch.no_grad():
+        assert torch.equal(whole(model(x)), whole(found))
+    with torch.no_grad():
+        assert torch.equal(whole(twin(x)), whole(found))
+    ema.load_state_dict(expected, full_state_dict=True)
+    model.zero_grad()
+
+
+TWINS = [
+    (by_fsdp, 3, "exact"),
+    (of_bfloat16, 2, "exact"),
+    (of_bfloat16, 3, "nearest"),
+    (kept_gathered, 2, "exact"),
+    (offloaded, 2, "exact"),
+    (in_two_dimensions, 4, "exact"),
+    (in_hybrid, 4, "exact"),
+]
+
+
+@pytest.mark.parametrize(("build", "ranks", "precision"), TWINS)
+def test_a_twin_sharded_alike_is_the_ema_model(build, ranks, precision) -> None:
+    run(ranks, _twin, build, precision)
+
+
+def _loads(build, path):
+    torch.manual_seed(0)
+    model = build()
+    ema = ModelEMA(model)
+    for step in range(3):
+        change(model, step)
+        ema.update(0.25)
+    full = ema.state_dict(full_state_dict=True)
+    rank = dist.get_rank()
+    everywhere = [full]
+    dist.broadcast_object_list(everywhere)
+    expected = everywhere[0]
+    other = ModelEMA(model)
+    # From rank 0 alone.
+    other.load_state_dict(full if rank == 0 else None, full_state_dict=True)
+    found = other.state_dict(full_state_dict=True)
+    if rank == 0:
+        assert_same(found, expected)
+    # Whole tensors on every rank.
+    other = ModelEMA(model)
+    other.load_state_dict(expected)
+    found = other.state_dict(full_state_dict=True)
+    if rank == 0:
+        assert_same(found, expected)
+    # Its own state, which goes on bit-equal.
+    other = ModelEMA(model)
+    other.load_state_dict(ema.state_dict())
+    change(model, 9)
+    ema.update(0.25)
+    other.update(0.25)
+    mine, found = ema.state_dict(full_state_dict=True), other.state_dict(full_state_dict=True)
+    if rank == 0:
+        assert_same(found, mine)
+    # Another library's, from a file.
+    ema.save_weights(path)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a file of weights cannot tell
+        other.load_weights(path)
+    for name, value in wholes_of(ema).items():
+        assert torch.equal(wholes_of(other)[name], value)
+    plain = Net(DTYPES.get(build, torch.float32))
+    plain.load_state_dict(wholes_of(ema))
+    into = ModelEMA(plain)
+    assert dist.get_world_size() > 1
+    into.load_state_dict(mine if rank == 0 else expected)
+
+
+@pytest.mark.parametrize(("build", "ranks"), [c for c in CASES if c[0] is not in_mixed_precision])
+def test_states_are_loaded_whole_and_in_parts(build, ranks, tmp_path) -> None:
+    run(ranks, _loads, build, tmp_path / "ema.safetensors")
+
+
+def with_a_plain_twin():
+    ModelEMA(by_fsdp(), ema_model=Net())
+
+
+def with_a_twin_of_another_dtype():
+    ModelEMA(by_fsdp(), ema_model=of_bfloat16(), ema_dtype=torch.float32)
+
+
+def with_no_twin():
+    return ModelEMA(by_fsdp()).ema_model
+
+
+def of_sums():
+    model = nn.Linear(2, 2)
+    mesh = init_device_mesh("cpu", (2,))
+    model.weight = nn.Parameter(DTensor.from_local(torch.zeros(2, 2), mesh, [Partial()]))
+    ModelEMA(model)
+
+
+def of_fsdp1():
+    model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
+    ModelEMA(nn.Sequential(model))
+
+
+def of_zero3():
+    model = nn.Linear(2, 2)
+    model.weight.ds_id = 0  # as DeepSpeed marks the parameters that it has partitioned
+    ModelEMA(model)
+
+
+def _message(error, build):
+    with pytest.raises(error) as caught:
+        build()
+    return str(caught.value)
+
+
+REFUSED = {
+    with_a_plain_twin: (
+        ValueError,
+        "'scale' is sharded over 2 ranks (S(0)) in the online model but not sharded in the EMA "
+        "model, so that a rank has other elements of the one than of the other. Build the EMA "
+        "after the model is sharded, with an ema_model that is sharded likewise, or without: a "
+        "sharded model needs none, see ModelEMA.swapped().",
+    ),
+    with_a_twin_of_another_dtype: (
+        ValueError,
+        "'scale' is torch.bfloat16 on cpu with strides (1,) in the sharded EMA model, where "
+        "torch.float32 on cpu with the online tensor's strides (1,) is needed, and a sharded "
+        "tensor stays as it is. Build the ema_model so before sharding it, or leave it out.",
+    ),
+    with_no_twin: (
+        RuntimeError,
+        "The model is sharded, so that its EMA is kept in parts and there is no ema_model. "
+        "Evaluate the online model with the EMA's weights (with ema.swapped() as model: ...), "
+        "or give an ema_model that is sharded likewise.",
+    ),
+    of_sums: (
+        ValueError,
+        "'weight' is sharded over 2 ranks (P(sum)): its values are sums over the ranks, which have "
+        "to be made before they are averaged. Call redistribute() on it first.",
+    ),
+    of_fsdp1: (
+        NotImplementedError,
+        "module '0' is sharded by FullyShardedDataParallel (FSDP1), whose flat parameters have "
+        "neither names nor shapes outside of its forward. Shard the model by "
+        "torch.distributed.fsdp.fully_shard (FSDP2), which keeps both.",
+    ),
+    of_zero3: (
+        NotImplementedError,
+        "'weight' is partitioned by DeepSpeed's ZeRO-3, which keeps its values in places of its "
+        "own. Train with ZeRO stage 1 or 2, whose parameters are whole, or shard the model by "
+        "torch.distributed.fsdp.fully_shard (FSDP2).",
+    ),
+}
+
+
+@pytest.mark.parametrize("build", REFUSED)
+def test_what_cannot_be_is_a_clear_error(build) -> None:
+    error, message = REFUSED[build]
+    assert run(2, _message, error, build) == [message] * 2
+
+
+def _loads_what_does_not_fit():
+    ema = ModelEMA(by_fsdp())
+    before = wholes_of(ema)
+    state = {name: value for name, value in before.items() if name != "norm.bias"}
+    state["first.weight"] = state["first.weight"][:4]
+    mine = state if dist.get_rank() == 0 else None
+    messages = [
+        _message(ValueError, lambda: ema.load_state_dict(state)),
+        _message(ValueError, lambda: ema.load_state_dict(mine, full_state_dict=True)),
+    ]
+    with pytest.raises(ValueError, match="an empty one"):
+        ema.load_state_dict({}, full_state_dict=True)
+    for name, value in wholes_of(ema).items():
+        assert torch.equal(value, before[name])
+    return messages
+
+
+def test_what_does_not_fit_is_an_error_on_every_rank() -> None:
+    expected = (
+        "The state does not fit this EMA model: 'norm.bias' is missing, 'first.weight' is (4, 5) "
+        "in the state but (7, 5) here. Nothing was loaded. Load it into the EMA of a model like "
+        "the one it was saved from."
+    )
+    assert run(2, _loads_what_does_not_fit) == [[expected] * 2] * 2
+
+
+def of_another_model():
+    net = Net()
+    if dist.get_rank() == 1:
+        net.register_parameter("scale", None)
+        del net.norm.bias
+    ModelEMA(shard(net))
+
+
+def of_another_shape():
+    net = Net()
+    if dist.get_rank() == 0:
+        net.shift = torch.zeros(8)
+    ModelEMA(shard(net))
+
+
+DIFFERENT = {
+    of_another_model: "rank 1 lacks 'scale', 'norm.bias'",
+    of_another_shape: (
+        "'shift' differ, 'shift' being (7,) torch.float32, not sharded on rank 1 and (8,) "
+        "torch.float32, not sharded on rank 0"
+    ),
+}
+
+
+@pytest.mark.parametrize("build", DIFFERENT)
+def test_a_rank_whose_model_differs_is_an_error_on_all(build) -> None:
+    expected = (
+        f"The ranks do not have the same model: {DIFFERENT[build]}. Their EMAs could not be saved, "
+        "nor evaluated, together. Build the model alike on every rank."
+    )
+    assert run(3, _message, ValueError, build) == [expected] * 3
+
+
+def _guards():
+    model = by_fsdp()
+    ema = ModelEMA(model, nonfinite="skip")
+    before = wholes_of(ema)
+    change(model, 0)
+    if dist.get_rank() == 0:
+        local(model.first.weight)[0, 0] = float("nan")
+    ema.update(0.5)
+    after = wholes_of(ema)
+    kept = (after["first.weight"] == before["first.weight"]).nonzero().tolist()
+    assert kept == [[0, 0]]
+    return ema.nonfinite_count()
+
+
+def test_each_rank_counts_what_its_part_was_spared() -> None:
+    assert run(2, _guards) == [1, 0]
+
+
+def _groups():
+    model = by_fsdp()
+    ema = ModelEMA(model, exclude="first", momentum_scale={"last": 0.5})
+    before = wholes_of(ema)
+    change(model, 0)
+    ema.update(0.5)
+    after, online = wholes_of(ema), wholes(model)
+    assert torch.equal(after["first.weight"], online["first.weight"])
+    for name, share in (("norm.weight", 0.5), ("last.weight", 0.25)):
+        assert torch.equal(after[name], torch.lerp(before[name], online[name], share))
+    measured = ema.distance()
+    assert measured.modules.keys() == {"", "last", "norm"}
+
+
+def test_groups_are_those_of_the_whole_names() -> None:
+    run(3, _groups)
+
+
+def _follows():
+    model = by_fsdp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        model(torch.ones(2, 5))  # its root shows gathered parameters now
+    ema = ModelEMA(model)
+    with torch.no_grad():
+        model(torch.ones(2, 5))
+    ema.follow(optimizer, lambda update_index: 0.5)
+    for step in range(4):  # two of which accumulate
+        model(torch.ones(2, 5)).sum().backward()
+        if step % 2:
+            optimizer.step()
+    assert ema.update_index == 2
+
+
+def test_it_follows_an_optimizer_of_shards() -> None:
+    run(2, _follows)
+
+
+def _is_written():
+    """By an optimizer, inside a swap; and by somebody else, from outside."""
+    model = of_bfloat16()
+    ema = ModelEMA(model)
+    change(model, 0)
+    ema.update(0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 5, dtype=torch.bfloat16)).sum().backward()
+    with pytest.warns(UserWarning, match="was written, or replaced"), ema.swapped():
+        optimizer.step()
+    ema.state_dict()["weights"]["first.weight"].fill_(2.0)
+    change(model, 1)
+    ema.update(0.25)
+    expected = torch.lerp(torch.tensor(2.0), wholes(model)["first.weight"].float(), 0.25)
+    state = ema.state_dict(full_state_dict=True)
+    if state:
+        exact = join(state["weights"]["first.weight"], state["companions"]["first.weight"])
+        assert torch.equal(exact, expected)
+
+
+def test_writes_of_others_are_noticed() -> None:
+    run(3, _is_written)
+
+
+def test_that_collectives_are_seen() -> None:
+    run(2, _gathers)
+
+
+def _gathers():
+    ema = ModelEMA(by_fsdp())
+    with CommDebugMode() as seen:
+        ema.state_dict(full_state_dict=True)
+    assert seen.get_total_counts() > 0
+
+
+OPTIONS = [
+    (of_bfloat16, {"ema_dtype": torch.float32}),
+    (by_fsdp, {"ema_dtype": torch.bfloat16}),
+    (by_fsdp, {"ema_dtype": torch.bfloat16, "precision": "nearest"}),
+    (by_fsdp, {"handle_buffers": "update"}),
+    (of_bfloat16, {"handle_buffers": "update"}),
+    (by_fsdp, {"handle_buffers": "ema_train"}),
+    (in_two_dimensions, {"ema_dtype": torch.float16, "nonfinite": "skip"}),
+    (replicated, {"handle_buffers": "update", "ema_dtype": torch.bfloat16}),
+]
+
+
+def _takes_options(build, options):
+    torch.manual_seed(0)
+    model = build()
+    ema = ModelEMA(model, **options)
+    plain = Net(model.first.weight.dtype)
+    plain.load_state_dict(wholes(model))
+    truth = ModelEMA(plain, backend="foreach", **options)
+    for step in range(3):
+        change(model, step)
+        plain.load_state_dict(wholes(model))
+        ema.update(0.25)
+        truth.update(0.25)
+    online = wholes(model)
+    with ema.swapped():
+        inside = wholes(model)
+    for name, value in wholes(model).items():
+        assert torch.equal(value, online[name])
+    state, expected = ema.state_dict(full_state_dict=True), truth.state_dict()
+    if state:
+        assert_same(state, expected)
+        for name, value in state["weights"].items():
+            assert torch.equal(inside[name], value.to(inside[name].dtype)), name
+    other = ModelEMA(model, **options)
+    other.load_state_dict(ema.state_dict())
+    ema.sync()
+    for name, value in wholes_of(ema).items():
+        assert torch.equal(value, online[name].to(value.dtype)), name
+    ema.load_state_dict(other.state_dict())
+    found = ema.state_dict(full_state_dict=True)
+    if found:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("build", "options"), OPTIONS)
+def test_options_mean_what_they_mean_of_one_rank(build, options) -> None:
+    run(4 if build is in_two_dimensions else 3, _takes_options, build, options)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.middle = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.middle(self.embedding(x)))
+
+
+def _ties(wrap):
+    torch.manual_seed(0)
+    model = Tied()
+    model.middle = wrap(model.middle)
+    fully_shard(model.middle)
+    fully_shard(model)
+    names = ["embedding.weight", "middle.weight", "middle.bias", "head.weight"]
+    before = [whole(model.embedding.weight), whole(model.middle.weight)]
+    ema = ModelEMA(model)
+    assert [*ema.state_dict()["weights"]] == names
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(0.25)
+    weights = wholes_of(ema)
+    torch.testing.assert_close(weights["head.weight"], before[0] + 0.25)
+    torch.testing.assert_close(weights["embedding.weight"], before[0] + 0.25)
+    torch.testing.assert_close(weights["middle.weight"], before[1] + 0.25)
+    x = torch.arange(5)
+    with torch.no_grad():
+        online = model(x)
+        with ema.swapped():
+            assert not torch.equal(model(x), online)
+        assert torch.equal(model(x), online)
+
+
+def unwrapped(layer):
+    return layer
+
+
+@pytest.mark.parametrize("wrap", [unwrapped, checkpoint_wrapper])
+def test_tied_weights_and_wrapped_layers_keep_their_names(wrap) -> None:
+    run(3, _ties, wrap)
+
+
+def _moves():
+    torch.manual_seed(0)
+    model = by_fsdp()
+    ema = ModelEMA(model, ema_dtype=torch.float32)
+    before = wholes_of(ema)
+    model.to(torch.bfloat16)  # replaces the local tensors of all parameters
+    ema.update(0.25)
+    after, online = wholes_of(ema), wholes(model)
+    for name in ("first.weight", "last.bias"):
+        expected = torch.lerp(before[name], online[name].float(), 0.25)
+        assert torch.equal(after[name], expected)
+    model.first.register_parameter("bias", None)
+    with pytest.raises(ValueError, match=r"the online model lacks: 'first\.bias'"):
+        ema.update(0.25)
+
+
+def test_parts_that_move_are_followed() -> None:
+    run(3, _moves)
