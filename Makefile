@@ -41,5 +41,5 @@ gpu:
 	$(PYTHON) -m pytest -m gpu -ra
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run fsdp2_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +

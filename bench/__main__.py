@@ -1,4 +1,4 @@
-"""The command line: python -m bench run | step | around | drift | ptx | report."""
+"""The command line: python -m bench run | step | around | drift | scaling | ptx | report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "step": "time a training step with and without EMA",
     "around": "time what stands around an update: guard, swap, distance, state",
     "drift": "average in each precision for 20,000 updates, beside float64",
+    "scaling": "what the EMA of a sharded model takes on each rank, on paper",
     "ptx": "compile the kernels for other machines and look at their code",
     "report": "write the tables and pictures of results files",
 }
