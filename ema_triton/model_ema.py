@@ -409,6 +409,7 @@ class ModelEMA:
         # from one among others by that name.
         with self._lock, torch.no_grad():
             plan = self._known_plan()
+            shards.reshard(self._ema_model)
             weights = self._ema_model.state_dict()
             if self._swap is None:
                 found: Mapping[str, Any] = weights

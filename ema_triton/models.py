@@ -91,9 +91,9 @@ def check_model(model: object) -> None:
         which = f"module {name!r}" if name else "the model"
         if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
             raise NotImplementedError(
-                f"{which} is sharded by FullyShardedDataParallel (FSDP1), whose flat parameters "
-                "have neither names nor shapes outside of its forward. Shard the model by "
-                "torch.distributed.fsdp.fully_shard (FSDP2), which keeps both."
+                f"{which} is sharded by FullyShardedDataParallel (FSDP1), whose parameters have "
+                "their shapes during its forward only. Shard the model by "
+                "torch.distributed.fsdp.fully_shard (FSDP2), where they always have them."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(

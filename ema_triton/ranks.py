@@ -63,6 +63,8 @@ def agree(model: nn.Module, ranks: Sequence[int]) -> None:
         ValueError: They do not; on every rank.
         RuntimeError: Not all of them came.
     """
+    if dist.get_backend() == "fake":
+        return  # nobody is there, in an estimate of memory
     me, leader = dist.get_rank(), ranks[0]
     mine = _described(model)
     digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
@@ -91,10 +93,10 @@ def agree(model: nn.Module, ranks: Sequence[int]) -> None:
         store.wait(["verdict"], PATIENCE)
     except RuntimeError as error:  # of stores, each has its own
         raise RuntimeError(
-            f"Rank {me} waited {PATIENCE} for the other ranks of {[*ranks][:8]} to build this EMA. "
-            "An EMA of a sharded model, or of a DistributedDataParallel one with buffers, is built "
-            "on every rank. To have it on one rank only, give the module inside of "
-            "DistributedDataParallel (model.module)."
+            f"Rank {me} waited for the other ranks of {[*ranks][:8]} to build this EMA, up to "
+            f"{PATIENCE} ({error}). An EMA of a sharded model, or of a DistributedDataParallel one "
+            "with buffers, is built on every rank. To have it on one rank only, give the module "
+            "inside of DistributedDataParallel (model.module)."
         ) from error
     if verdict := store.get("verdict").decode():
         raise ValueError(verdict)
@@ -206,13 +208,13 @@ def spread(hollows: Mapping[str, Any], tensors: Mapping[str, Any], own: Mapping[
         if not isinstance(value, Tensor):
             found[name] = value
             continue
-        device = shards.local(own[name]).device
+        mine = own[name]  # a module's extra state may be a tensor there and something else here
+        device = shards.local(mine).device if isinstance(mine, Tensor) else None
         whole = torch.empty(value.shape, dtype=value.dtype, device=device)
         if is_first():
             whole.copy_(tensors[name])
         if _in_group():
             dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-        part = shards.part_of(whole, own[name]).clone()
-        found[name] = shards.like(part, own[name])
+        found[name] = shards.like(shards.part_of(whole, mine).clone(), mine)
     found._metadata = getattr(hollows, "_metadata", None)
     return found

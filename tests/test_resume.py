@@ -598,3 +598,20 @@ def test_a_state_loaded_while_another_thread_updates_is_loaded_whole() -> None:
             ema.load_state_dict(start)
             state = ema.state_dict(clone=True)
             assert told(state) == {2.0 ** -state["update_index"]}
+
+
+def test_a_full_state_of_one_process_is_a_copy_on_the_cpu() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    ema, other = ModelEMA(model), ModelEMA(model)
+    model.weight.data.add_(1.0)
+    ema.update(0.3)
+    state, shared = ema.state_dict(full_state_dict=True), ema.state_dict()
+    for part in ("weights", "companions"):
+        for name, value in shared[part].items():
+            assert torch.equal(state[part][name], value)
+            assert state[part][name].data_ptr() != value.data_ptr()
+    other.load_state_dict(state, full_state_dict=True)
+    assert other.update_index == 1
+    assert torch.equal(other.state_dict()["companions"]["weight"], state["companions"]["weight"])
+    with pytest.raises(ValueError, match="an empty one"):
+        other.load_state_dict({}, full_state_dict=True)

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ema_triton import ModelEMA, shards
 from ema_triton.precision import join
@@ -430,9 +431,9 @@ REFUSED = {
     ),
     of_fsdp1: (
         NotImplementedError,
-        "module '0' is sharded by FullyShardedDataParallel (FSDP1), whose flat parameters have "
-        "neither names nor shapes outside of its forward. Shard the model by "
-        "torch.distributed.fsdp.fully_shard (FSDP2), which keeps both.",
+        "module '0' is sharded by FullyShardedDataParallel (FSDP1), whose parameters have their "
+        "shapes during its forward only. Shard the model by torch.distributed.fsdp.fully_shard "
+        "(FSDP2), where they always have them.",
     ),
     of_zero3: (
         NotImplementedError,
@@ -714,3 +715,19 @@ def _moves():
 
 def test_parts_that_move_are_followed() -> None:
     run(3, _moves)
+
+
+def _estimates():
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    model = by_fsdp()
+    ema = ModelEMA(model)
+    ema.update(0.1)
+    parts = [local(value).numel() for value in ema.state_dict()["weights"].values()]
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return sum(parts)
+
+
+def test_a_fake_process_group_is_not_waited_for() -> None:
+    assert run(1, _estimates) == [5 + 1 + 1 + 1 + 7 + 1]  # a row each; and the buffers
