@@ -1,5 +1,7 @@
 """EMAs of sharded models: each rank averages its own parts, and nothing goes between the ranks."""
 
+import math
+import random
 import warnings
 
 import pytest
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -731,3 +733,85 @@ def _estimates():
 
 def test_a_fake_process_group_is_not_waited_for() -> None:
     assert run(1, _estimates) == [5 + 1 + 1 + 1 + 7 + 1]  # a row each; and the buffers
+
+
+def _random_model(chance, mesh):
+    """Tensors of any shape, dtype and placement; and the same values in one piece."""
+    model, plain = nn.Module(), nn.Module()
+    for number in range(chance.randint(1, 8)):
+        shape = [chance.choice([0, 1, 2, 3, 5, 8, 33]) for _ in range(chance.randint(0, 3))]
+        dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        plain.register_parameter(f"p{number}", nn.Parameter(value.clone()))
+        if chance.random() < 0.8:
+            places = [
+                Shard(chance.randrange(len(shape)))
+                if shape and chance.random() < 0.7
+                else Replicate()
+                for _ in range(mesh.ndim)
+            ]
+            value = distribute_tensor(value, mesh, places, src_data_rank=None)
+        model.register_parameter(f"p{number}", nn.Parameter(value))
+    return model, plain
+
+
+def _step(models, number):
+    for model in models:
+        for index, parameter in enumerate(model.parameters()):
+            chance = torch.Generator().manual_seed(100 * number + index)
+            delta = torch.randn(parameter.shape, generator=chance).to(parameter.dtype)
+            local(parameter).data.add_(shards.part_of(delta, parameter))
+
+
+def _equals(ema, truth, what):
+    found, expected = ema.state_dict(full_state_dict=True), truth.state_dict()
+    if found:
+        for part in ("weights", "companions"):
+            # Whoever has no part of a tensor still says that there is something beside it.
+            mine = {n: v for n, v in found[part].items() if v.numel() or n in expected[part]}
+            assert mine.keys() == expected[part].keys(), what
+            for name, value in expected[part].items():
+                assert torch.equal(mine[name], value), (what, name)
+
+
+def _survives(seeds, shape):
+    mesh = init_device_mesh("cpu", shape)
+    for seed in seeds:
+        chance = random.Random(seed)  # the same on every rank
+        model, plain = _random_model(chance, mesh)
+        options = {
+            "ema_dtype": chance.choice([None, None, torch.float32, torch.bfloat16]),
+            "nonfinite": chance.choice(["propagate", "skip"]),
+        }
+        ema, truth = ModelEMA(model, **options), ModelEMA(plain, backend="foreach", **options)
+        for number in range(8):
+            what = chance.choice(["update", "update", "swap", "sync", "reload", "spread", "move"])
+            _step((model, plain), number)
+            if what == "swap":
+                before = wholes(model)
+                with ema.swapped(), truth.swapped():
+                    inside, expected = wholes(model), plain.state_dict()
+                    for name, value in expected.items():
+                        assert torch.equal(inside[name], value), (seed, number, name)
+                for name, value in wholes(model).items():
+                    assert torch.equal(value, before[name]), (seed, number, name)
+            elif what == "sync":
+                ema.sync()
+                truth.sync()
+            elif what == "reload":
+                state = ema.state_dict(clone=True)
+                ema = ModelEMA(model, **options)
+                ema.load_state_dict(state)
+            elif what == "spread":
+                ema.load_state_dict(ema.state_dict(full_state_dict=True), full_state_dict=True)
+            elif what == "move":
+                for parameter in model.parameters():
+                    local(parameter).data = local(parameter).data.clone()
+            ema.update(0.3)
+            truth.update(0.3)
+            _equals(ema, truth, (seed, number, what))
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (2, 2)])
+def test_any_tensors_placed_anyhow_are_averaged_as_in_one_piece(shape) -> None:
+    run(math.prod(shape), _survives, range(40), shape, timeout=120)
