@@ -134,6 +134,9 @@ def train(_: int, options: argparse.Namespace) -> None:
     # An Engine has the two methods of a Stateful as well.
     everything = {"training": Training(model, optimizer), "ema": handler, "trainer": trainer}
 
+    if idist.get_rank() == 0 and not options.quiet:
+        ProgressBar().attach(trainer, output_transform=lambda loss: {"loss": loss})
+
     @trainer.on(Events.EPOCH_COMPLETED)
     def report() -> None:
         losses = []
@@ -156,9 +159,6 @@ def train(_: int, options: argparse.Namespace) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         idist.barrier()
-
-    if idist.get_rank() == 0 and not options.quiet:
-        ProgressBar().attach(trainer, output_transform=lambda loss: {"loss": loss})
 
     checkpoints = sorted(
         options.folder.glob("iteration-*"), key=lambda path: int(path.name.partition("-")[2])
