@@ -6,9 +6,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ignite.engine import Engine
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ema_triton import CountWarmup, EMAHandler, HalfLife, LinearWarmup, ModelEMA
+from ema_triton.shards import local
 from tests.ranks import run
 from tests.test_sharded import (
     Net,
@@ -19,6 +21,7 @@ from tests.test_sharded import (
     in_two_dimensions,
     of_bfloat16,
     of_float16,
+    shard,
     wholes_of,
 )
 
@@ -198,3 +201,56 @@ def _misses(folder):
 
 def test_what_a_checkpoint_lacks_is_an_error_and_nothing_is_loaded(tmp_path) -> None:
     run(2, _misses, tmp_path)
+
+
+def in_hybrid_bfloat16():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+    return shard(Net(torch.bfloat16), mesh=mesh)
+
+
+def _rounds_on(build, folder):
+    torch.manual_seed(0)
+    model = build()
+    ema = ModelEMA(model, precision="stochastic", seed=3)
+    for step in range(5):
+        change(model, step)
+        ema.update(0.1)
+        if step == 2:
+            dcp.save({"ema": ema}, checkpoint_id=folder)
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+    other = ModelEMA(model, precision="stochastic")
+    dcp.load({"ema": other}, checkpoint_id=folder)
+    model.load_state_dict(weights)
+    for step in range(3, 5):
+        change(model, step)
+        other.update(0.1)
+    assert_same(_full(other), _full(ema))
+    return {name: local(value).float() for name, value in ema.state_dict()["weights"].items()}
+
+
+@pytest.mark.parametrize("build", [of_bfloat16, plain_bfloat16])
+def test_stochastic_rounding_resumes_on_as_many_ranks(build, tmp_path) -> None:
+    run(3, _rounds_on, build, tmp_path)
+
+
+def test_replicas_of_a_shard_round_alike(tmp_path) -> None:
+    parts = run(4, _rounds_on, in_hybrid_bfloat16, tmp_path)
+    for one, other in ((0, 2), (1, 3)):
+        for name, value in parts[one].items():
+            assert torch.equal(value, parts[other][name])
+    assert not all(torch.equal(value, parts[1][name]) for name, value in parts[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
+def test_one_process_without_a_group_saves_and_loads_too(tmp_path) -> None:
+    model = plain_bfloat16()
+    handler = EMAHandler(model, momentum=0.3)
+    change(model, 0)
+    handler.ema.update(0.3)
+    state = handler.state_dict(clone=True)
+    dcp.save({"ema": handler}, checkpoint_id=tmp_path)
+    change(model, 1)
+    handler.ema.update(0.3)  # what it loads into has other digits
+    dcp.load({"ema": handler}, checkpoint_id=tmp_path)
+    assert_same(handler.state_dict(), state)
