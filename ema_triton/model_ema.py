@@ -228,8 +228,7 @@ class ModelEMA:
             capturing = plan.on_cuda and torch.cuda.is_current_stream_capturing()
             if self.nonfinite == "raise" and not capturing:
                 self._raise_if_nonfinite(plan)  # of the last update
-            if online:
-                torch._foreach_copy_(plan.copies.ema, online)
+            plan.copies.write(online)
             self._chosen.update(plan, momentum)
             if self._buffers_group is not None:
                 ranks.follow_first(plan.ema_buffers, self._buffers_group)
@@ -253,8 +252,7 @@ class ModelEMA:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap("sync()")
             plan, online = self._current_plan()
-            if online:
-                torch._foreach_copy_(plan.copies.ema, online)
+            plan.copies.write(online)
             for bucket in plan.buckets:
                 reference.copy_bucket(bucket)
             for pair in plan.kept:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_triton import ModelEMA
 
@@ -167,6 +168,36 @@ def test_unchanged_copies_need_no_new_plan() -> None:
     ema.update(0.5)
     assert ema._plan is plan
     assert ema.ema_model.running_mean.eq(1.0).all()
+
+
+class ForeachCopies(TorchDispatchMode):
+    """Notes the (EMA dtype, online dtype) of all tensors of each `torch._foreach_copy_`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[set[tuple[torch.dtype, torch.dtype]]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._foreach_copy_.default:
+            ema, online = arguments[:2]
+            self.seen.append({(e.dtype, o.dtype) for e, o in zip(ema, online, strict=True)})
+        return function(*arguments, **(keywords or {}))
+
+
+def test_tensors_of_one_dtype_are_copied_in_one_call() -> None:
+    layers = [nn.BatchNorm1d(2, dtype=torch.float16 if i % 3 == 0 else None) for i in range(9)]
+    model = nn.Sequential(*layers)
+    ema = ModelEMA(model, precision="nearest")
+    for index, layer in enumerate(layers):
+        layer.running_mean.fill_(float(index))
+        layer.num_batches_tracked += index
+    with ForeachCopies() as copies:
+        ema.update(0.5)
+    kinds = [(dtype, dtype) for dtype in (torch.float16, torch.float32, torch.int64)]
+    assert sorted(map(str, copies.seen)) == sorted(str({kind}) for kind in kinds)
+    for ours, layer in zip(ema.ema_model, layers, strict=True):
+        assert torch.equal(ours.running_mean, layer.running_mean)
+        assert torch.equal(ours.num_batches_tracked, layer.num_batches_tracked)
 
 
 def test_extra_state_of_any_length_is_the_modules_own() -> None:

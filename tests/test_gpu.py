@@ -200,6 +200,17 @@ def test_one_kernel_per_bucket() -> None:
     assert all("ema_update" in name for name in kernels)
 
 
+def test_a_copy_per_dtype() -> None:
+    """ResNet-50 has 106 floating buffers and 53 integer ones, which a mixed list copies singly."""
+    model = nn.Sequential(*[nn.BatchNorm1d(8) for _ in range(20)]).cuda()
+    ema = ModelEMA(model, backend="triton")
+    ema.update(0.5)
+    kernels = launched(lambda: ema.update(0.25))
+    assert len(kernels) == 3, kernels
+    mixed = launched(lambda: torch._foreach_copy_([*ema.ema_model.buffers()], [*model.buffers()]))
+    assert len(mixed) == 60, mixed  # the control
+
+
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
