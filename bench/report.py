@@ -233,6 +233,8 @@ def _remarks(results: Results) -> str:
     """What the tables leave out: noise, rates, changing momenta, refusals."""
     figure = MAIN_FIGURE[results.machine.device]
     timed = [row for row in results.rows if row.times]
+    if not timed:
+        return "\n".join(["- Nothing was timed.", *_refusals(results.rows)])
     counts = [row.times[figure].count for row in timed]
     lines = [
         f"- Each is the median of {min(counts)} to {max(counts)} updates, caches flushed before "

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -78,6 +78,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers.PEERS)}")
     parser.add_argument("--quick", action="store_true", help="a first look, no results file")
     parser.add_argument("--out", type=Path, help="JSON; default: a file in bench/results/")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the file of a run that was cut off"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -90,14 +93,18 @@ def main(args: argparse.Namespace) -> None:
     machine, measured_commit = describe(device), commit()
     stopwatch = Stopwatch(device, machine.cache)
 
-    rows: list[Row] = []
-    jobs = [(model, case) for model in models for case in CASES]
+    out = destination(args, machine.slug)
+    results = Results("update", machine, measured_commit, date.today().isoformat(), [])
+    results.rows.extend(earlier(results, args.resume, out))
+    done = {(row.model, row.case) for row in results.rows}
+    jobs = [(model, case) for model in models for case in CASES if (model.name, case) not in done]
     with tqdm(jobs, unit="case") as bar:
         for model, case in bar:
             bar.set_description(f"{model.name} {case}")
-            rows += measured(model, case, keys, stopwatch, rounds, seconds)
-    results = Results("update", machine, measured_commit, date.today().isoformat(), rows)
-    publish(results, args, machine.slug)
+            results.rows.extend(measured(model, case, keys, stopwatch, rounds, seconds))
+            if out is not None:
+                results.save(out)
+    publish(results, out)
 
 
 def chosen_device(args: argparse.Namespace) -> torch.device:
@@ -105,10 +112,33 @@ def chosen_device(args: argparse.Namespace) -> torch.device:
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def publish(results: Results, args: argparse.Namespace, name: str) -> None:
-    """Print the table and write the results file; a quick run only writes one if told where."""
+def destination(args: argparse.Namespace, name: str) -> Path | None:
+    """Where results go: a quick run leaves none unless told where."""
+    return args.out or (None if args.quick else FOLDER / f"{name}.json")
+
+
+def earlier(results: Results, resume: bool, out: Path | None) -> list[Any]:
+    """The rows of the run to go on with, which has to be one of this commit on this machine."""
+    if not resume:
+        return []
+    if out is None or not out.exists():
+        raise SystemExit(f"--resume: there is no results file {out or '(a quick run has none)'}")
+    before = Results.load(out)
+    if (before.kind, before.machine, before.commit) != (
+        results.kind,
+        results.machine,
+        results.commit,
+    ):
+        raise SystemExit(
+            f"--resume: {out} is of commit {before.commit} on {before.machine.name}, and this is "
+            f"commit {results.commit} on {results.machine.name}, or other packages"
+        )
+    return before.rows
+
+
+def publish(results: Results, out: Path | None) -> None:
+    """Print the table and write the results file."""
     print(report.table(results))
-    out = args.out or (None if args.quick else FOLDER / f"{name}.json")
     if out is not None:
         results.save(out)
         print(f"\nresults: {out}")

@@ -19,6 +19,8 @@ from bench.results import AGAIN, NO_EMA, Results, Spread, StepRow
 from bench.run import (
     add_common_arguments,
     chosen_device,
+    destination,
+    earlier,
     in_one_line,
     publish,
     selected,
@@ -148,13 +150,18 @@ def main(args: argparse.Namespace) -> None:
     models = selected(args.models, tuple(MODELS), tuple(MODELS))
     keys = selected(args.peers, peers.PEERS, peers.PEERS)
     machine, measured_commit = describe(device), commit()
-    rows: list[StepRow] = []
-    with tqdm(models, unit="model") as bar:
+    out = destination(args, f"{machine.slug}-step")
+    results = Results("step", machine, measured_commit, date.today().isoformat(), [])
+    results.rows.extend(earlier(results, args.resume, out))
+    done = {row.model for row in results.rows}
+    with tqdm([name for name in models if name not in done], unit="model") as bar:
         for name in bar:
             bar.set_description(name)
-            rows += measured(name, keys, device, QUICK_ROUNDS if args.quick else ROUNDS)
-    results = Results("step", machine, measured_commit, date.today().isoformat(), rows)
-    publish(results, args, f"{machine.slug}-step")
+            rounds = QUICK_ROUNDS if args.quick else ROUNDS
+            results.rows.extend(measured(name, keys, device, rounds))
+            if out is not None:
+                results.save(out)
+    publish(results, out)
 
 
 def measured(name: str, keys: list[str], device: torch.device, rounds: int) -> list[StepRow]:

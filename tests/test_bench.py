@@ -544,3 +544,65 @@ def test_scaling_counts_the_parameters_of_the_models_it_names() -> None:
 def test_scaling_counts_what_the_fullest_rank_has() -> None:
     assert scaling.on_the_fullest_rank([(8, 3), (9, 2), (1,)], 4) == 2 * 3 + 3 * 2 + 1
     assert scaling.on_the_fullest_rank([(8, 3), (9, 2), (1,)], 1) == 24 + 18 + 1
+
+
+def arguments(out: Path, *, resume: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        models="tiny", device="cpu", peers="foreach_lerp", quick=True, out=out, resume=resume
+    )
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr(run, "CASES", {name: run.CASES[name] for name in [*run.CASES][:3]})
+    out = tmp_path / "r.json"
+    cases = []
+
+    def cut_off(model: Model, case: str, *rest: object) -> list[Row]:
+        cases.append(case)
+        if len(cases) == 2:
+            raise KeyboardInterrupt
+        return [Row(model.name, 1, 1, case, "constant", LIMIT, "skipped", f"call {len(cases)}")]
+
+    monkeypatch.setattr(run, "measured", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments(out))
+    before = Results.load(out)
+    assert [row.reason for row in before.rows] == ["call 1"]
+    run.main(arguments(out, resume=True))
+    assert cases == [*run.CASES][:2] + [*run.CASES][1:]
+    after = Results.load(out)
+    assert [(row.case, row.reason) for row in after.rows] == [
+        *zip(run.CASES, ["call 1", "call 3", "call 4"], strict=True)
+    ]
+    # Without being told so, a run begins anew.
+    run.main(arguments(out))
+    assert [row.reason for row in Results.load(out).rows] == ["call 5", "call 6", "call 7"]
+    replace(after, commit="another").save(out)
+    with pytest.raises(SystemExit, match="is of commit another on"):
+        run.main(arguments(out, resume=True))
+    with pytest.raises(SystemExit, match="there is no results file"):
+        run.main(arguments(tmp_path / "none.json", resume=True))
+
+
+def test_a_cut_off_run_of_steps_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def noted(name: str, *rest: object) -> list[StepRow]:
+        seen.append(name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return [StepRow(name, 1, NO_EMA, "timed", "", Spread.of([1.0]), Spread.of([0.0]))]
+
+    monkeypatch.setattr(step, "measured", noted)
+    args = {"models": None, "device": "cpu", "peers": "foreach_lerp", "quick": True}
+    out = tmp_path / "s.json"
+    with pytest.raises(KeyboardInterrupt):
+        step.main(SimpleNamespace(**args, out=out, resume=False))
+    step.main(SimpleNamespace(**args, out=out, resume=True))
+    assert seen == ["cnn", "vit", "vit", "gpt"]
+    assert [row.model for row in Results.load(out).rows] == ["cnn", "vit", "gpt"]
