@@ -173,9 +173,9 @@ def average(
 
 
 @triton.jit
-def chunk(table_ptr):
-    """The row of this program: online address; offset in the bucket; length; whether aligned."""
-    row = table_ptr + tl.program_id(0).to(tl.int64) * 3
+def chunk(table_ptr, number):
+    """A row of the table: online address; offset in the bucket; length; whether aligned."""
+    row = table_ptr + number * 3
     address = tl.load(row)
     offset = tl.load(row + 1)
     length_and_flag = tl.load(row + 2)
@@ -213,7 +213,7 @@ def ema_update(
     OVERFLOW: the least magnitude that counts as not finite; None without counters.
     BLOCK: elements handled at a time.
     """
-    address, offset, length, aligned = chunk(table_ptr)
+    address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
     EMA: tl.constexpr = ema_ptr.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
     # Read once, before the loop: the stores may alias these as far as the compiler knows.
@@ -310,7 +310,7 @@ def add(counters_ptr, spared):
 @triton.jit
 def exchange(table_ptr, ema_ptr, BLOCK: tl.constexpr):
     """Swap the online and the EMA elements, which have one dtype, of the program's chunk."""
-    address, offset, length, aligned = chunk(table_ptr)
+    address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
     ema = tl.multiple_of(ema_ptr + offset, 16)
     if aligned:
         online = tl.multiple_of(address.to(ema_ptr.dtype), 16)
@@ -343,7 +343,7 @@ def squares(table_ptr, ema_ptr, companion_ptr, sums_ptr, ONLINE: tl.constexpr, B
     In fp64, where no fp32's square overflows and no sum forgets the small ones; a chunk's sums
     depend on nothing but its elements.
     """
-    address, offset, length, aligned = chunk(table_ptr)
+    address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
     ema = tl.multiple_of(ema_ptr + offset, 16)
     companion = companion_ptr
     if companion_ptr is not None:

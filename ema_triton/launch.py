@@ -79,7 +79,7 @@ def squares(bucket: Bucket) -> Tensor:
             BLOCK=SQUARES_BLOCK,
             num_warps=WARPS,
         )
-    return torch.segment_reduce(sums, "sum", lengths=bucket.chunks.to(table.device))
+    return torch.segment_reduce(sums, "sum", lengths=bucket.chunks().to(table.device))
 
 
 def prepare(plan: Plan) -> None:

@@ -94,15 +94,18 @@ class Bucket:
         if self.draws is not None:
             self.draws[1:].add_(1)
 
-    @property
-    def chunks(self) -> Tensor:
-        """How many chunks each tensor has, int64 on the CPU."""
+    def chunks(self, size: int = CHUNK) -> Tensor:
+        """How many chunks of `size` elements each tensor has, int64 on the CPU."""
         return torch.tensor(
-            [-(-source.numel() // CHUNK) for source in self.sources], device=torch.device("cpu")
+            [-(-source.numel() // size) for source in self.sources], device=torch.device("cpu")
         )
 
     @cached_property
     def chunk_table(self) -> Tensor:
+        """The table of a launch."""
+        return self.table(CHUNK)
+
+    def table(self, size: int) -> Tensor:
         """int64 [chunks, 3] on the device: online address, offset in `flat`, length * 2 + aligned.
 
         Aligned means that the online address is a multiple of 16 bytes and the length of 8
@@ -111,12 +114,10 @@ class Bucket:
         cpu = torch.device("cpu")  # whatever the default device is
         lengths = torch.tensor([source.numel() for source in self.sources], device=cpu)
         addresses = torch.tensor([source.data_ptr() for source in self.sources], device=cpu)
-        chunks = self.chunks
+        chunks = self.chunks(size)
         tensor = torch.repeat_interleave(chunks)
-        start = (
-            torch.arange(len(tensor), device=cpu) - (chunks.cumsum(0) - chunks)[tensor]
-        ) * CHUNK
-        length = (lengths[tensor] - start).clamp(max=CHUNK)
+        start = (torch.arange(len(tensor), device=cpu) - (chunks.cumsum(0) - chunks)[tensor]) * size
+        length = (lengths[tensor] - start).clamp(max=size)
         address = addresses[tensor] + start * self.key.online_dtype.itemsize
         offset = torch.tensor(self.offsets, device=cpu)[tensor] + start
         aligned = (address % ALIGNMENT == 0) & (length % 8 == 0)

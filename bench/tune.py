@@ -1,0 +1,213 @@
+"""`python -m bench tune`: the kernel's constants, and choices that did not ship, in one sweep.
+
+Chunk, block and warps are tried in all combinations; a persistent loop, eviction policies and the
+width of accesses each beside what ships. Every variant's result is held against the shipped kernel,
+bit by bit, before it is timed; each is timed as a CUDA graph after a flush of the caches, all in
+turns, beside a copy of as many bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench import measure
+from bench.candidates import candidate
+from bench.machine import commit, describe
+from bench.measure import Stopwatch, Subject
+from bench.models import make_module
+from bench.results import LIMIT, Spread
+from bench.run import CASES as RUN_CASES
+from bench.run import Case, chosen_device, selected, selected_models
+from ema_triton import ModelEMA, launch
+from ema_triton.plan import CHUNK, Bucket
+
+CASES = {name: case for name, case in RUN_CASES.items() if case.precision != "stochastic"}
+# From 25 M to 7 B parameters, from 161 to 1,680 tensors.
+MODELS = "resnet50,vit-l16,gpt2-xl,sdxl-unet,llama-7b"
+
+CHUNKS = (4096, 8192, 16384, 32768)
+BLOCKS = (1024, 2048, 4096)
+WARPS = (4, 8)
+# Programs per multiprocessor of a persistent loop.
+PROGRAMS = (4, 8, 16)
+HINTS = (("evict_first", ""), ("evict_first", "evict_first"), ("", "evict_first"))
+
+ROUNDS = 15
+SECONDS = 12.0
+MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to launch an update.
+
+    Attributes:
+        chunk: Elements in a row of the table.
+        block: Elements that a program handles at a time.
+        warps: Of a program.
+        programs: Per multiprocessor, of a persistent loop; None for a program per chunk.
+        online_hint: Eviction policy of the online loads.
+        ema_hint: Eviction policy of the EMA's loads and stores.
+        width: Elements per access; 0 for as many as 128 bits hold.
+    """
+
+    chunk: int
+    block: int
+    warps: int
+    programs: int | None
+    online_hint: str
+    ema_hint: str
+    width: int
+
+    def __str__(self) -> str:
+        """For tables."""
+        grid = "one per chunk" if self.programs is None else f"{self.programs} per SM, persistent"
+        hints = ", ".join(
+            f"{side} {hint}"
+            for side, hint in (("online", self.online_hint), ("EMA", self.ema_hint))
+            if hint
+        )
+        width = f", {self.width} elements at a time" if self.width else ""
+        return (
+            f"chunk {self.chunk:5d} block {self.block:4d} warps {self.warps} {grid}"
+            f"{', ' + hints if hints else ''}{width}"
+        )
+
+
+def shipped(case: Case) -> Variant:
+    """What `ema_triton.launch` does in this case."""
+    exact = case.precision == "exact"
+    block = launch.EXACT_BLOCK if exact else launch.BLOCK[case.ema_dtype.itemsize]
+    # The kernel takes 4 elements at a time where types of different widths meet.
+    mixed = not exact and case.ema_dtype.itemsize != case.online_dtype.itemsize
+    return Variant(CHUNK, block, launch.WARPS, None, "", "", 4 if mixed else 0)
+
+
+def variants(case: Case) -> list[Variant]:
+    """What ships, and what is tried beside it."""
+    ships = shipped(case)
+    grid = [
+        replace(ships, chunk=chunk, block=block, warps=warps)
+        for chunk, block, warps in itertools.product(CHUNKS, BLOCKS, WARPS)
+        if block <= chunk
+    ]
+    beside = [replace(ships, programs=programs) for programs in PROGRAMS]
+    beside += [replace(ships, online_hint=online, ema_hint=ema) for online, ema in HINTS]
+    if case.online_dtype.itemsize < 4:
+        beside.append(replace(ships, width=0 if ships.width else 4))
+    return [*dict.fromkeys([ships, *grid, *beside])]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.add_argument("--models", default=MODELS, help="comma-separated; default: %(default)s")
+    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument("--out", type=Path, help="text file, written model by model")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, and print a table per model and case, the fastest variant first."""
+    device = chosen_device(args)
+    machine = describe(device)
+    stopwatch = Stopwatch(device, machine.cache)
+    cases = selected(args.cases, tuple(CASES), tuple(CASES))
+    models = selected_models(args.models, quick=False, on_cpu=False)
+    lines = [f"{machine.name}, triton {machine.packages['triton']}, commit {commit()}"]
+    with tqdm([(model, case) for model in models for case in cases], unit="case") as bar:
+        for model, case in bar:
+            bar.set_description(f"{model.name} {case}")
+            online = make_module(model, CASES[case].online_dtype, device)
+            found = measured(online, CASES[case], stopwatch)
+            lines += ["", f"{model.name} {case}", *table(found, shipped(CASES[case]))]
+            del online
+            if args.out is not None:
+                args.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def table(found: dict[Variant | str, Spread], ships: Variant) -> list[str]:
+    """The variants, the fastest first, with their share of the copy's bandwidth."""
+    copy = found[LIMIT].median
+    return [
+        f"{spread.median:10.1f} us {copy / spread.median:5.0%} of the copy  "
+        f"{variant!s}{'  <- ships' if variant == ships else ''}"
+        for variant, spread in sorted(found.items(), key=lambda item: item[1].median)
+    ]
+
+
+def measured(
+    online: nn.Module, case: Case, stopwatch: Stopwatch, rounds: int = ROUNDS
+) -> dict[Variant | str, Spread]:
+    """The time of each variant, in microseconds, and of the copy."""
+    ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
+    assert ema._plan is not None
+    (bucket,) = ema._plan.buckets
+    tried = [*map(partial(prepared, bucket), variants(case))]
+    check(bucket, tried)
+    elements = sum(source.numel() for source in bucket.sources)
+    updates = dict(zip(map(str, variants(case)), tried, strict=True))
+    updates[LIMIT] = measure.copy_of(elements * case.moved, stopwatch.device)
+    on_cuda = stopwatch.device.type == "cuda"
+    subjects = {
+        name: Subject(update, measure.captured(update) if on_cuda else None)
+        for name, update in updates.items()
+    }
+    samples = measure.interleaved(subjects, stopwatch.sample, rounds, SECONDS)
+    figure = "graph" if on_cuda else "wall"
+    names: dict[str, Variant | str] = {str(variant): variant for variant in variants(case)}
+    return {names.get(name, name): Spread.of(found[figure]) for name, found in samples.items()}
+
+
+def prepared(bucket: Bucket, variant: Variant) -> Callable[[], object]:
+    """The update of a bucket in this way."""
+    table = bucket.table(variant.chunk)
+    grid = len(table)
+    if variant.programs is not None:
+        grid = min(grid, variant.programs * _multiprocessors(table.device))
+    return partial(
+        candidate[(grid,)],
+        table,
+        bucket.flat,
+        bucket.companion,
+        len(table),
+        MOMENTUM,
+        ONLINE=launch._online(bucket),
+        PERSISTENT=variant.programs is not None,
+        WIDTH=variant.width,
+        ONLINE_HINT=variant.online_hint,
+        EMA_HINT=variant.ema_hint,
+        BLOCK=variant.block,
+        num_warps=variant.warps,
+    )
+
+
+def check(bucket: Bucket, updates: list[Callable[[], object]]) -> None:
+    """Raise AssertionError unless each does bit by bit what the shipped kernel does."""
+    stored = [tensor for tensor in (bucket.flat, bucket.companion) if tensor is not None]
+    # Somewhere on the way: an EMA that equals the online weights stays what it is.
+    bucket.flat.mul_(0.5)
+    before = [tensor.clone() for tensor in stored]
+    launch._launch(bucket, MOMENTUM, len(bucket.chunk_table))
+    expected = [tensor.clone() for tensor in stored]
+    for update in updates:
+        for tensor, value in zip(stored, before, strict=True):
+            tensor.copy_(value)
+        update()
+        if not all(map(torch.equal, stored, expected)):
+            raise AssertionError(f"a variant differs from the shipped kernel: {update}")
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1
