@@ -1,4 +1,4 @@
-"""The command line: python -m bench run | step | tune | around | drift | scaling | ptx | report."""
+"""The command line: `python -m bench COMMAND`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "time one EMA update",
     "step": "time a training step with and without EMA",
     "tune": "try other constants, and other kernels, than those that ship",
+    "host": "where the microseconds of a call of update() go",
     "around": "time what stands around an update: guard, swap, distance, state",
     "drift": "average in each precision for 20,000 updates, beside float64",
     "scaling": "what the EMA of a sharded model takes on each rank, on paper",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import around, drift, gate, measure, peers, report, run, scaling, step
+from bench import around, drift, gate, host, measure, peers, report, run, scaling, step
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
@@ -606,3 +606,22 @@ def test_a_cut_off_run_of_steps_is_gone_on_with(
     step.main(SimpleNamespace(**args, out=out, resume=True))
     assert seen == ["cnn", "vit", "vit", "gpt"]
     assert [row.model for row in Results.load(out).rows] == ["cnn", "vit", "gpt"]
+
+
+def test_the_host_time_is_shown_in_parts() -> None:
+    model = host.shrunk(MODELS["resnet50"])
+    assert len(model.shapes) == 161
+    assert [len(shape) for shape in model.shapes.values()] == [
+        len(shape) for shape in MODELS["resnet50"].shapes.values()
+    ]
+    assert model.elements <= 161 * 2**4
+    found = host.measured(host.shrunk(TINY), CPU, calls=3)
+    total, *parts = (value for name, value in found.items() if name[0] in " u")
+    assert sum(parts) == pytest.approx(total)
+    assert "torch._foreach_lerp_" in found
+
+
+def test_the_median_is_of_the_calls_alone() -> None:
+    calls = []
+    assert host.median(lambda: calls.append(1), CPU, 5) > 0
+    assert len(calls) == 15
