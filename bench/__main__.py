@@ -11,6 +11,7 @@ COMMANDS = {
     "step": "time a training step with and without EMA",
     "tune": "try other constants, and other kernels, than those that ship",
     "host": "where the microseconds of a call of update() go",
+    "cold": "time the first update of a process, with and without Triton's cache",
     "around": "time what stands around an update: guard, swap, distance, state",
     "drift": "average in each precision for 20,000 updates, beside float64",
     "scaling": "what the EMA of a sharded model takes on each rank, on paper",

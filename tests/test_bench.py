@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import around, drift, gate, host, measure, peers, report, run, scaling, step
+from bench import around, cold, drift, gate, host, measure, peers, report, run, scaling, step
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
@@ -625,3 +625,14 @@ def test_the_median_is_of_the_calls_alone() -> None:
     calls = []
     assert host.median(lambda: calls.append(1), CPU, 5) > 0
     assert len(calls) == 15
+
+
+def test_the_first_update_is_timed_in_parts() -> None:
+    found = cold.measured("cpu", "bfloat16", repeats=1)
+    assert len(found) == 2
+    for backend, times in found.values():
+        assert backend == "foreach"
+        assert [*times][2:] == ["build the EMA", "first update", "second update"]
+        assert min(times.values()) > 0
+    with pytest.raises(SystemExit, match="has no attribute 'float12'"):
+        cold.measured("cpu", "float12", repeats=1)
