@@ -1,4 +1,4 @@
-"""`python -m bench cold`: what the first update of a process costs, with and without Triton's cache.
+"""`python -m bench cold`: a process's first update, with and without Triton's cache.
 
 Each measurement is a process of its own, which has a model and an optimizer already. (The optimizer
 imports torch._dynamo, which the first update would import otherwise: a second that every training

@@ -1,0 +1,56 @@
+"""compute-sanitizer sees no kernel reach past a tensor's end, and sees one that does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+HUGE = 2 * 2 * 2**31  # bytes of the online model and of its EMA
+
+
+def reaching(device: str, which: str, *tool: str) -> subprocess.CompletedProcess[str]:
+    # With a cache, tensors lie in large blocks, past whose ends nothing here would reach.
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(
+        [*tool, sys.executable, "-m", "tests.reaching", device, which],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sanitizer's test runs it")
+def test_the_program_runs() -> None:
+    ran = reaching("cpu", "few")
+    assert ran.stdout == "fine\n", ran.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["small", "huge", "control"])
+def test_memcheck(which: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    if which == "huge" and torch.cuda.mem_get_info()[0] < 2 * HUGE:
+        pytest.skip("needs 17 GB of GPU memory")
+    ran = reaching("cuda", which, sanitizer, "--tool", "memcheck", "--error-exitcode", "9")
+    if "Device not supported" in ran.stdout + ran.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
+    if which == "control":
+        assert ran.returncode != 0
+        assert "Invalid __global__" in ran.stdout
+    else:
+        assert "ERROR SUMMARY: 0 errors" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+        assert ran.returncode == 0
+        assert "fine" in ran.stdout
