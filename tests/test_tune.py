@@ -30,7 +30,7 @@ def test_every_variant_computes_what_ships(case: str, kernel_device: torch.devic
         Stopwatch(kernel_device, 1000),
         rounds=1,
     )
-    assert {*found} == {LIMIT, *tune.variants(tune.CASES[case])}
+    assert {*found} == {LIMIT, tune.SHIPPED, *tune.variants(tune.CASES[case])}
     lines = tune.table(found, tune.shipped(tune.CASES[case]))
     assert len(lines) == len(found)
     assert sum("<- ships" in line for line in lines) == 1
