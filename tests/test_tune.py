@@ -13,7 +13,9 @@ from bench import tune
 from bench.measure import Stopwatch
 from bench.models import Model, make_module
 from bench.results import LIMIT
+from bench.run import Case
 from ema_triton import ModelEMA
+from ema_triton.plan import Bucket
 from tests.test_generated_code import python
 
 # Several chunks, whole blocks, a ragged end, a masked tensor, an empty one.
@@ -22,24 +24,35 @@ RAGGED = Model(
 )
 
 
-@pytest.mark.parametrize("case", tune.CASES)
-def test_every_variant_computes_what_ships(case: str, kernel_device: torch.device) -> None:
-    found = tune.measured(
-        make_module(RAGGED, tune.CASES[case].online_dtype, kernel_device),
-        tune.CASES[case],
-        Stopwatch(kernel_device, 1000),
-        rounds=1,
-    )
-    assert {*found} == {LIMIT, tune.SHIPPED, *tune.variants(tune.CASES[case])}
-    lines = tune.table(found, tune.shipped(tune.CASES[case]))
-    assert len(lines) == len(found)
+def bucket_of(case: Case, device: torch.device) -> Bucket:
+    online = make_module(RAGGED, case.online_dtype, device)
+    ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
+    (bucket,) = ema._plan.buckets
+    return bucket
+
+
+@pytest.mark.parametrize("case", tune.CASES.values(), ids=tune.CASES)
+def test_every_variant_computes_what_ships(case: Case, kernel_device: torch.device) -> None:
+    bucket = bucket_of(case, kernel_device)
+    tune.check(bucket, [tune.prepared(bucket, variant) for variant in tune.variants(case)])
+
+
+def test_every_variant_is_timed(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tune.CASES["fp32<-bf16"]
+    some = tune.variants(case)[:2] + tune.variants(case)[-1:]
+    monkeypatch.setattr(tune, "variants", lambda _: some)
+    online = make_module(RAGGED, case.online_dtype, kernel_device)
+    found = tune.measured(online, case, Stopwatch(kernel_device, 1000), rounds=1)
+    assert {*found} == {LIMIT, tune.SHIPPED, *some}
+    lines = tune.table(found, tune.shipped(case))
+    assert len(lines) == 5
     assert sum("<- ships" in line for line in lines) == 1
 
 
 def test_a_variant_that_differs_is_not_timed(kernel_device: torch.device) -> None:
-    online = make_module(RAGGED, torch.float32, kernel_device)
-    ema = ModelEMA(online, backend="triton")
-    (bucket,) = ema._plan.buckets
+    bucket = bucket_of(tune.CASES["fp32<-fp32"], kernel_device)
     right = tune.prepared(bucket, tune.shipped(tune.CASES["fp32<-fp32"]))
     tune.check(bucket, [right])
     for wrong in (lambda: None, lambda: (right(), right())):
