@@ -27,24 +27,13 @@ def candidate(
     WIDTH: elements per access at most; 0 for as many as 128 bits hold.
     ONLINE_HINT, EMA_HINT: eviction policies of the loads of either, and of the EMA's stores.
     """
-    if PERSISTENT:
-        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-            update_row(
-                table_ptr,
-                row,
-                ema_ptr,
-                companion_ptr,
-                momentum,
-                ONLINE,
-                WIDTH,
-                ONLINE_HINT,
-                EMA_HINT,
-                BLOCK,
-            )
-    else:
+    first = tl.program_id(0)
+    # A range of one row, which the compiler unrolls, where the program is not persistent.
+    last = rows if PERSISTENT else first + 1
+    for row in range(first, last, tl.num_programs(0) if PERSISTENT else 1):
         update_row(
             table_ptr,
-            tl.program_id(0),
+            row,
             ema_ptr,
             companion_ptr,
             momentum,

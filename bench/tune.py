@@ -28,7 +28,7 @@ from bench.results import LIMIT, Spread
 from bench.run import CASES as RUN_CASES
 from bench.run import Case, chosen_device, selected, selected_models
 from ema_triton import ModelEMA, launch
-from ema_triton.plan import CHUNK, Bucket
+from ema_triton.buckets import CHUNK, Bucket
 
 CASES = {name: case for name, case in RUN_CASES.items() if case.precision != "stochastic"}
 # From 25 M to 7 B parameters, from 161 to 1,680 tensors.

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ema_triton import reference
-from ema_triton.plan import Bucket, Plan
+from ema_triton.buckets import Bucket
+from ema_triton.plan import Plan
 
 BACKENDS = ("auto", "triton", "foreach")
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ema_triton import shards
+from ema_triton.buckets import Bucket
 from ema_triton.pairs import Pair
-from ema_triton.plan import Bucket, Plan
+from ema_triton.plan import Plan
 
 
 class Distance(NamedTuple):

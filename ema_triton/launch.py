@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ema_triton import kernels, reference
+from ema_triton.buckets import ALIGNMENT, Bucket
 from ema_triton.kernels import ema_update
-from ema_triton.plan import ALIGNMENT, Bucket, Plan
+from ema_triton.plan import Plan
 from ema_triton.precision import overflow
 
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.

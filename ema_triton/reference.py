@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ema_triton.buckets import ALIGNMENT, CHUNK, Bucket
 from ema_triton.noise import Noise
-from ema_triton.plan import ALIGNMENT, CHUNK, Bucket, Plan
+from ema_triton.plan import Plan
 from ema_triton.precision import Scratch, join, narrow_stochastic, overflow, split
 
 # Elements in the scratch: 4 MiB of fp32 for each side that needs widening. For 25 M bf16 into fp32

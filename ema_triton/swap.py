@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import shards
+from ema_triton.buckets import Bucket
 from ema_triton.pairs import listed
 from ema_triton.places import Place
-from ema_triton.plan import Bucket, Plan
+from ema_triton.plan import Plan
 
 
 class Swap:

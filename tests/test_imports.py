@@ -100,6 +100,7 @@ def test_imports_go_down_the_floors() -> None:
             "precision",
             "noise",
             "groups",
+            "buckets",
             "interrupts",
             "files",
         },

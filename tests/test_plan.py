@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ema_triton import ModelEMA
-from ema_triton.plan import ALIGNMENT, CHUNK, Bucket, make_plan
+from ema_triton.buckets import ALIGNMENT, CHUNK, Bucket
+from ema_triton.plan import make_plan
 
 
 def model() -> nn.Sequential:

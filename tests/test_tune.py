@@ -15,7 +15,7 @@ from bench.models import Model, make_module
 from bench.results import LIMIT
 from bench.run import Case
 from ema_triton import ModelEMA
-from ema_triton.plan import Bucket
+from ema_triton.buckets import Bucket
 from tests.test_generated_code import python
 
 # Several chunks, whole blocks, a ragged end, a masked tensor, an empty one.
