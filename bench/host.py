@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"medians of {CALLS} calls, microseconds")
     for model in selected_models(args.models, quick=False, on_cpu=False):
         print(f"\n{model.name}, {len(model.shapes)} tensors")
-        for name, microseconds in measured(shrunk(model), device).items():
+        for name, microseconds in measured(shrunk(model), device, CALLS).items():
             print(f"{microseconds:9.1f}  {name}")
 
 
@@ -54,7 +54,7 @@ def shrunk(model: Model) -> Model:
     return replace(model, shapes=shapes)
 
 
-def measured(model: Model, device: torch.device, calls: int = CALLS) -> dict[str, float]:
+def measured(model: Model, device: torch.device, calls: int) -> dict[str, float]:
     """Microseconds of a call of `update()`, of its parts, and of rivals' updates."""
     online = make_module(model, torch.float32, device)
     ema = ModelEMA(online)

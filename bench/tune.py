@@ -137,39 +137,35 @@ def main(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def table(found: dict[Variant | str, Spread], ships: Variant) -> list[str]:
-    """The variants, the fastest first, with their share of the copy's bandwidth."""
+def table(found: dict[str, Spread], ships: Variant) -> list[str]:
+    """What was timed, the fastest first, with its share of the copy's bandwidth."""
     copy = found[LIMIT].median
     return [
         f"{spread.median:10.1f} us {copy / spread.median:5.0%} of the copy  "
-        f"{variant!s}{'  <- ships' if variant == ships else ''}"
-        for variant, spread in sorted(found.items(), key=lambda item: item[1].median)
+        f"{name}{'  <- ships' if name == str(ships) else ''}"
+        for name, spread in sorted(found.items(), key=lambda item: item[1].median)
     ]
 
 
-def measured(
-    online: nn.Module, case: Case, stopwatch: Stopwatch, rounds: int = ROUNDS
-) -> dict[Variant | str, Spread]:
-    """The time of each variant, in microseconds, and of the copy."""
+def measured(online: nn.Module, case: Case, stopwatch: Stopwatch) -> dict[str, Spread]:
+    """The time of each variant, in microseconds, of the shipped kernel, and of the copy."""
     ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
     assert ema._plan is not None
     (bucket,) = ema._plan.buckets
-    tried = [*map(partial(prepared, bucket), variants(case))]
-    check(bucket, tried)
-    elements = sum(source.numel() for source in bucket.sources)
-    updates = dict(zip(map(str, variants(case)), tried, strict=True))
+    updates = {str(variant): prepared(bucket, variant) for variant in variants(case)}
+    check(bucket, [*updates.values()])
     # The candidate does less than it, and may be compiled to other code.
     updates[SHIPPED] = partial(launch._launch, bucket, MOMENTUM, len(bucket.chunk_table))
+    elements = sum(source.numel() for source in bucket.sources)
     updates[LIMIT] = measure.copy_of(elements * case.moved, stopwatch.device)
     on_cuda = stopwatch.device.type == "cuda"
     subjects = {
         name: Subject(update, measure.captured(update) if on_cuda else None)
         for name, update in updates.items()
     }
-    samples = measure.interleaved(subjects, stopwatch.sample, rounds, SECONDS)
+    samples = measure.interleaved(subjects, stopwatch.sample, ROUNDS, SECONDS)
     figure = "graph" if on_cuda else "wall"
-    names: dict[str, Variant | str] = {str(variant): variant for variant in variants(case)}
-    return {names.get(name, name): Spread.of(found[figure]) for name, found in samples.items()}
+    return {name: Spread.of(found[figure]) for name, found in samples.items()}
 
 
 def prepared(bucket: Bucket, variant: Variant) -> Callable[[], object]:

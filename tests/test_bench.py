@@ -1,6 +1,7 @@
 """The benchmark measures what it says: shapes, bytes, a gate before the clock, an honest report."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -636,3 +637,21 @@ def test_the_first_update_is_timed_in_parts() -> None:
         assert min(times.values()) > 0
     with pytest.raises(SystemExit, match="has no attribute 'float12'"):
         cold.measured("cpu", "float12", repeats=1)
+
+
+def test_host_and_cold_print_their_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr(host, "CALLS", 3)
+    host.main(SimpleNamespace(models="tiny", device="cpu"))
+    printed = capsys.readouterr().out
+    assert "\ntiny, 3 tensors\n" in printed
+    assert re.search(r"^ +[\d.]+    averaging \(foreach\)$", printed, re.MULTILINE)
+    parts = ("foreach", {"build the EMA": 12.34})
+    monkeypatch.setattr(cold, "measured", lambda *_: {"Triton's cache empty": parts})
+    cold.main(SimpleNamespace(device="cpu"))
+    printed = capsys.readouterr().out
+    assert (
+        "\nbfloat16, backend foreach, Triton's cache empty\n     12.3  build the EMA\n" in printed
+    )

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ pytest.importorskip("triton")
 
 from bench import tune
 from bench.measure import Stopwatch
-from bench.models import Model, make_module
+from bench.models import MODELS, Model, make_module
 from bench.results import LIMIT
 from bench.run import Case
 from ema_triton import ModelEMA
@@ -44,11 +46,32 @@ def test_every_variant_is_timed(
     some = tune.variants(case)[:2] + tune.variants(case)[-1:]
     monkeypatch.setattr(tune, "variants", lambda _: some)
     online = make_module(RAGGED, case.online_dtype, kernel_device)
-    found = tune.measured(online, case, Stopwatch(kernel_device, 1000), rounds=1)
-    assert {*found} == {LIMIT, tune.SHIPPED, *some}
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    found = tune.measured(online, case, Stopwatch(kernel_device, 1000))
+    assert {*found} == {LIMIT, tune.SHIPPED, *map(str, some)}
     lines = tune.table(found, tune.shipped(case))
     assert len(lines) == 5
     assert sum("<- ships" in line for line in lines) == 1
+
+
+def test_the_tables_are_printed_and_written(
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(MODELS, "ragged", RAGGED)
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(tune, "variants", lambda case: [tune.shipped(case)])
+    out = tmp_path / "tune.txt"
+    cases = "fp32<-fp32,bf16<-bf16"
+    tune.main(SimpleNamespace(models="ragged", cases=cases, device=kernel_device.type, out=out))
+    written = out.read_text()
+    assert written in capsys.readouterr().out
+    for case in cases.split(","):
+        assert f"\nragged {case}\n" in written
+    assert written.count("of the copy  chunk  8192 block 2048 warps 4") == 2
+    assert written.count("<- ships") == 2
 
 
 def test_a_variant_that_differs_is_not_timed(kernel_device: torch.device) -> None:
