@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from ignite.engine import (
@@ -37,7 +36,6 @@ from ema_triton.model_ema import ModelEMA
 from ema_triton.saved import Saved
 from ema_triton.schedules import (
     Constant,
-    Delayed,
     LinearWarmup,
     Schedule,
     check_schedule,
@@ -67,8 +65,6 @@ class EMAHandler:
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
             those of `ema_triton.schedules`; instead of the three arguments above.
-        update_after: Number of updates that only copy the online weights; then averaging begins,
-            and the schedule counts from 1.
         ema_model: The EMA model to use, by default a copy of `model`.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating tensors, by default that of the model.
@@ -104,12 +100,6 @@ class EMAHandler:
         0.5
     """
 
-    # The object that handlers last wrote into each attribute of an engine's state: by its identity
-    # a momentum of theirs is told from one that somebody else put there.
-    _written: ClassVar[weakref.WeakKeyDictionary[Engine, dict[str, float]]] = (
-        weakref.WeakKeyDictionary()
-    )
-
     def __init__(
         self,
         model: nn.Module,
@@ -119,7 +109,6 @@ class EMAHandler:
         handle_buffers: str = "copy",
         *,
         schedule: Schedule | None = None,
-        update_after: int = 0,
         ema_model: nn.Module | None = None,
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
@@ -139,11 +128,6 @@ class EMAHandler:
                 f"{momentum_warmup}, warmup_iters={warmup_iters} were given, and only one can "
                 "decide. Give the schedule alone, or those alone."
             )
-        if type(update_after) is not int or update_after < 0:
-            raise ValueError(
-                f"update_after must be a number of updates, but got {update_after!r}. So many "
-                "updates copy the online weights before averaging begins: give an int from 0 on."
-            )
         check_schedule(schedule)
         self.ema = ModelEMA(
             model,
@@ -158,9 +142,10 @@ class EMAHandler:
             momentum_scale=momentum_scale,
             nonfinite=nonfinite,
         )
-        self.schedule = Delayed(schedule, update_after) if update_after else schedule
+        self.schedule = schedule
         self._handles: dict[Engine, RemovableEventHandle] = {}
         self._names: dict[Engine, str] = {}
+        self._written: dict[Engine, float] = {}  # the momentum last written into engine.state
         self._distances: dict[Engine, dict[str, int]] = {}
         self._swaps: dict[Engine, tuple[Callable[[], None], list[RemovableEventHandle]]] = {}
 
@@ -198,22 +183,17 @@ class EMAHandler:
     @property
     def momentum(self) -> float | None:
         """The schedule's momentum, after the warm-up; None for a schedule without such a field."""
-        return getattr(self._undelayed, "momentum", None)
+        return getattr(self.schedule, "momentum", None)
 
     @property
     def momentum_warmup(self) -> float | None:
         """The first update's momentum; None without warm-up."""
-        return getattr(self._undelayed, "momentum_warmup", None)
+        return getattr(self.schedule, "momentum_warmup", None)
 
     @property
     def warmup_iters(self) -> int | None:
         """The updates until `momentum` is reached; None without warm-up."""
-        return getattr(self._undelayed, "warmup_iters", None)
-
-    @property
-    def _undelayed(self) -> Schedule:
-        schedule = self.schedule
-        return schedule.schedule if isinstance(schedule, Delayed) else schedule
+        return getattr(self.schedule, "warmup_iters", None)
 
     @property
     def momentum_scheduler(self) -> Schedule:
@@ -292,7 +272,7 @@ class EMAHandler:
                 UserWarning,
                 stacklevel=2,
             )
-        if not exists or self._wrote(engine, name, shown):
+        if not exists or (again and shown == self._written.get(engine)):
             self._write(engine, name, momentum_from(self.schedule, self.update_index + 1))
 
     def detach(self) -> None:
@@ -430,19 +410,15 @@ class EMAHandler:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing."""
-        return {**self.__dict__, "_handles": {}, "_names": {}, "_distances": {}, "_swaps": {}}
+        empty: dict[str, Any] = {"_handles": {}, "_names": {}, "_written": {}}
+        return {**self.__dict__, **empty, "_distances": {}, "_swaps": {}}
 
     def _update(self, engine: Engine, name: str) -> None:
-        next_index = self.update_index + 1
-        momentum = momentum_from(self.schedule, next_index)
         shown: Any = getattr(engine.state, name, None)
-        driven = shown is not None and not self._wrote(engine, name, shown)
-        if isinstance(self.schedule, Delayed) and shown == 1:
-            driven = False  # the delay wrote it, before the engine's state was saved and loaded
-        delayed = isinstance(self.schedule, Delayed) and next_index <= self.schedule.updates
-        if driven and isinstance(self._undelayed, Constant):
-            self.ema.update(momentum if delayed else shown)
+        if isinstance(self.schedule, Constant) and self._is_driven(engine, shown):
+            self.ema.update(shown)
         else:
+            momentum = momentum_from(self.schedule, self.update_index + 1)
             self.ema.update(momentum)
             self._write(engine, name, momentum)
         for attribute, every in self._distances.get(engine, {}).items():
@@ -458,12 +434,14 @@ class EMAHandler:
         return any(saved is own for saved in listener.to_save.values() for own in mine)
 
     def _write(self, engine: Engine, name: str, momentum: float) -> None:
-        written = momentum + 0.0  # a new object
-        self._written.setdefault(engine, {})[name] = written
-        setattr(engine.state, name, written)
+        self._written[engine] = momentum
+        setattr(engine.state, name, momentum)
 
-    def _wrote(self, engine: Engine, name: str, shown: object) -> bool:
-        return shown is self._written.get(engine, {}).get(name)
+    def _is_driven(self, engine: Engine, shown: object) -> bool:
+        """Whether the user wrote it: it differs from what the handler wrote last."""
+        # A tensor's value is not asked for: reading it would wait for the device.
+        written = self._written.get(engine)
+        return isinstance(shown, Tensor) or (shown is not None and shown != written)
 
 
 def _before_the_last(engine: Engine, earlier: Mapping[Any, int]) -> Iterator[object]:

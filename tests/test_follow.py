@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import EMAHandler, ModelEMA
-from ema_triton.schedules import Constant, CosineRamp, Delayed, InverseDecay, LinearWarmup
+from ema_triton.schedules import (
+    Constant,
+    CosineRamp,
+    Delayed,
+    InverseDecay,
+    LinearWarmup,
+    Schedule,
+)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -288,7 +295,7 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(again: object) -> None:
     assert resumed.update_index == 6
 
 
-# --- update_after -------------------------------------------------------------------------------
+# --- A delayed schedule -------------------------------------------------------------------------
 
 ignite_engine = pytest.importorskip("ignite.engine")
 Engine, Events = ignite_engine.Engine, ignite_engine.Events
@@ -316,39 +323,36 @@ class Line:
         self.seen.append((self.engine.state.ema_momentum, weight))
 
 
+def delayed(updates: int, schedule: Schedule | None = None) -> Delayed:
+    return Delayed(schedule or Constant(0.5), updates)
+
+
 def test_nothing_is_averaged_before() -> None:
-    line = Line(momentum=0.5, update_after=2)
-    assert line.handler.schedule == Delayed(Constant(0.5), 2)
+    line = Line(schedule=delayed(2))
     # EMA = online twice; then halfway to 3, 4 and 5.
     assert line.run(5).seen == [(1.0, 1.0), (1.0, 2.0), (0.5, 2.5), (0.5, 3.25), (0.5, 4.125)]
     assert line.shown == 1.0
-    without = Line(momentum=0.5, update_after=0)
-    assert without.handler.schedule == Constant(0.5)
-    assert without.run(2).seen == [(0.5, 0.5), (0.5, 1.25)]
 
 
 def test_the_schedule_counts_from_where_averaging_begins() -> None:
-    line = Line(momentum=0.25, momentum_warmup=0.75, warmup_iters=3, update_after=2)
-    handler = line.handler
-    shown = (handler.momentum, handler.momentum_warmup, handler.warmup_iters)
-    assert shown == (0.25, 0.75, 3)
-    assert handler.momentum_scheduler == handler.schedule
+    line = Line(schedule=delayed(2, LinearWarmup(0.75, 0.25, 3)))
     assert [shown for shown, _ in line.run(6).seen] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.25]
-    own = Line(schedule=lambda index: 1 / (index + 1), update_after=1)
+    own = Line(schedule=delayed(1, lambda index: 1 / (index + 1)))
     assert [shown for shown, _ in own.run(3).seen] == [1.0, 1 / 2, 1 / 3]
     assert own.handler.momentum is None
 
 
 def test_the_delay_is_in_updates_not_iterations() -> None:
-    line = Line(momentum=0.5, update_after=2, event=Events.ITERATION_COMPLETED(every=3))
+    line = Line(schedule=delayed(2), event=Events.ITERATION_COMPLETED(every=3))
     assert line.run(12).seen == [(1.0, 3.0), (1.0, 6.0), (0.5, 7.5), (0.5, 9.75)]
     assert line.handler.update_index == 4
 
 
 @pytest.mark.parametrize("before", [1, 2, 3])
 def test_a_run_resumed_in_the_delay_waits_for_the_rest_of_it(before: int) -> None:
-    options = {"momentum": 0.25, "momentum_warmup": 0.5, "warmup_iters": 2, "update_after": 2}
-    whole, first, second = Line(**options).run(5), Line(**options).run(before), Line(**options)
+    schedule = delayed(2, LinearWarmup(0.5, 0.25, 2))
+    whole, first = Line(schedule=schedule).run(5), Line(schedule=schedule).run(before)
+    second = Line(schedule=schedule)
     second.model.load_state_dict(first.model.state_dict())
     second.handler.load_state_dict(first.handler.state_dict())
     assert second.run(5 - before).seen == whole.seen[before:]
@@ -356,32 +360,14 @@ def test_a_run_resumed_in_the_delay_waits_for_the_rest_of_it(before: int) -> Non
 
 @pytest.mark.parametrize("scale", [0.5, 0.0, 1.0])
 def test_in_the_delay_the_ema_is_the_online_model_whatever_the_scale(scale: float) -> None:
-    line = Line(momentum=0.5, update_after=2, momentum_scale={"weight": scale})
+    line = Line(schedule=delayed(2), momentum_scale={"weight": scale})
     assert [weight for _, weight in line.run(2).seen] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(("old", "new"), [(float("nan"), 1.0), (float("inf"), 1.0), (-3e38, 3e38)])
 def test_in_the_delay_no_old_value_stays(old: float, new: float) -> None:
-    line = Line(momentum=0.5, update_after=3)
+    line = Line(schedule=delayed(3))
     values = iter([old, new])
     line.engine = Engine(lambda engine, batch: line.model.weight.data.fill_(next(values)).item())
     line.run(2)
     assert line.handler.ema_model.weight.item() == torch.tensor(new).item()
-
-
-def test_a_momentum_that_the_user_wrote_holds_after_the_delay() -> None:
-    """As without one: the first updates copy, the rest takes what `engine.state` says."""
-    for delay in (0, 2):
-        line = Line(momentum=0.1, update_after=delay)
-        line.engine.state.ema_momentum = 0.5
-        with pytest.warns(UserWarning, match="already exists"):
-            line.run(4)
-        assert [shown for shown, _ in line.seen][delay:] == [0.5] * (4 - delay)
-
-
-@pytest.mark.parametrize("wrong", [-1, 1.0, True, None, "2"])
-def test_wrong_delays_are_refused(wrong: object) -> None:
-    with pytest.raises(ValueError, match="update_after must be a number of updates"):
-        Line(update_after=wrong)
-    with pytest.raises(TypeError, match="Invalid schedule: Delayed"):
-        Line(schedule=Delayed(Constant(0.1), 2), update_after=2)

@@ -27,7 +27,15 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
 from ema_triton import EMAHandler, ModelEMA, schedules
-from ema_triton.schedules import CountWarmup, Delayed, HalfLife, InverseDecay, LinearWarmup
+from ema_triton.schedules import (
+    Constant,
+    CountWarmup,
+    Delayed,
+    HalfLife,
+    InverseDecay,
+    LinearWarmup,
+    Schedule,
+)
 
 ITERATION, EPOCH = Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED
 CPU = torch.device("cpu")
@@ -219,8 +227,11 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "epochs": ({"schedule": InverseDecay()}, EPOCH),
     "iterations and epochs": (WARMUP, ITERATION(every=3) | EPOCH),
     "started": (PLAIN, Events.ITERATION_STARTED(every=2)),
-    "after three": (PLAIN | {"update_after": 3}, ITERATION),
-    "after two, with a warm-up": (WARMUP | {"update_after": 2}, ITERATION(every=2)),
+    "after three": ({"schedule": Delayed(Constant(0.3), 3)}, ITERATION),
+    "after two, with a warm-up": (
+        {"schedule": Delayed(LinearWarmup(0.9, 0.05, 5), 2)},
+        ITERATION(every=2),
+    ),
     "groups": (PLAIN | GROUPS, ITERATION),
     "some": (PLAIN | {"include": "layers.3"}, ITERATION),
     "averaged buffers": (AVERAGED, ITERATION),
@@ -278,12 +289,14 @@ def test_the_cut_shows_if_the_handler_is_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("set_at", [None, 5])
-@pytest.mark.parametrize("after", [0, 3])
-def test_the_momentum_shown_may_be_saved_with_the_engine(after: int, set_at: int | None) -> None:
-    """Be it the handler's own, or set by somebody in the middle of the run."""
+@pytest.mark.parametrize("schedule", [Constant(0.3), Delayed(Constant(0.3), 3)], ids=repr)
+def test_the_momentum_shown_may_be_saved_with_the_engine(
+    schedule: Schedule, set_at: int | None
+) -> None:
+    """Be it the handler's own, or set by the user in the middle of the run."""
 
     def build(seed: int) -> Training:
-        run = Training({"ema": (PLAIN | {"update_after": after}, ITERATION)}, seed)
+        run = Training({"ema": ({"schedule": schedule}, ITERATION)}, seed)
         run.trainer.state_dict_user_keys.append("ema_momentum")
         if set_at:
             run.trainer.add_event_handler(
