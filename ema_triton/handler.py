@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,20 +49,33 @@ DEFAULT_MOMENTUM = 0.0002
 _ENGINE_STATE = {*vars(State()), *State.event_to_attr.values()}
 
 
+@dataclass(eq=False)
+class _Attachment:
+    """What belongs to an engine, which may be unhashable, and which this does not keep alive."""
+
+    engine: weakref.ReferenceType[Engine]
+    handles: list[RemovableEventHandle] = field(default_factory=list)  # empty once detached
+    name: str | None = None  # of the momentum in engine.state; None where runs are swapped
+    written: float | None = None  # the momentum that was last written there
+    distances: dict[str, int] = field(default_factory=dict)
+    swap_out: Callable[[], None] | None = None
+
+
 class EMAHandler:
     r"""Keep an exponential moving average of a model's weights while an Ignite engine trains it.
 
     .. math:: \theta_{EMA} \leftarrow (1 - \lambda)\,\theta_{EMA} + \lambda\,\theta
 
-    The same constructor, `attach`, and `engine.state` attribute as Ignite's `EMAHandler`.
+    The same constructor, `attach`, and `engine.state` attribute as Ignite's `EMAHandler`. A
+    subclass may override `attach` and `_update_ema_model`, as one of Ignite's.
 
     Args:
         model: The online model. Of a `DistributedDataParallel` or `torch.compile`d model the
             inner module is averaged; `DataParallel` stays.
         momentum: :math:`\lambda`, the weight of the online weights, in [0, 1]; after the warm-up.
         momentum_warmup: The first update's momentum, in [0, 1]; above or below `momentum`.
-        warmup_iters: Number of updates until `momentum` is reached, at least 1. Without both of
-            them there is no warm-up.
+        warmup_iters: Number of updates until `momentum` is reached; 0 is as 1. Without both of them
+            there is no warm-up.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
@@ -80,6 +95,8 @@ class EMAHandler:
         ema: The `ModelEMA`.
         schedule: What gives the momentum; may be assigned.
         update_index: The number of updates made.
+        momentum_scheduler: None; for a subclass to keep a scheduler of its own in, as Ignite's
+            `attach` does.
 
     Raises:
         ValueError: An argument is not one of the accepted values.
@@ -105,7 +122,7 @@ class EMAHandler:
         model: nn.Module,
         momentum: float = DEFAULT_MOMENTUM,
         momentum_warmup: float | None = None,
-        warmup_iters: int | None = None,
+        warmup_iters: float | None = None,
         handle_buffers: str = "copy",
         *,
         schedule: Schedule | None = None,
@@ -142,27 +159,49 @@ class EMAHandler:
             momentum_scale=momentum_scale,
             nonfinite=nonfinite,
         )
+        self._attachments: list[_Attachment] = []
         self.schedule = schedule
-        self._handles: dict[Engine, RemovableEventHandle] = {}
-        self._names: dict[Engine, str] = {}
-        self._written: dict[Engine, float] = {}  # the momentum last written into engine.state
-        self._distances: dict[Engine, dict[str, int]] = {}
-        self._swaps: dict[Engine, tuple[Callable[[], None], list[RemovableEventHandle]]] = {}
+        self.momentum_scheduler: Any = None
+        self._event_index = 0
 
     @property
     def model(self) -> nn.Module:
         """The online model, unwrapped."""
         return self.ema.model
 
+    @model.setter
+    def model(self, _: nn.Module) -> NoReturn:
+        raise AttributeError(
+            "EMAHandler.model cannot be assigned: the EMA's tensors are paired with those of the "
+            "model that it was built for. Load other weights into that model and call "
+            "handler.sync(), or build a new EMAHandler for the other model."
+        )
+
     @property
     def ema_model(self) -> nn.Module:
         """The EMA model."""
         return self.ema.ema_model
 
+    @ema_model.setter
+    def ema_model(self, _: nn.Module) -> NoReturn:
+        raise AttributeError(
+            "EMAHandler.ema_model cannot be assigned: updates write into its tensors. Give another "
+            "one at construction, EMAHandler(model, ema_model=...), or load weights into this one: "
+            "handler.ema_model.load_state_dict(...), handler.ema.load_weights(...)."
+        )
+
     @property
     def handle_buffers(self) -> str:
         """How buffers are handled."""
         return self.ema.handle_buffers
+
+    @handle_buffers.setter
+    def handle_buffers(self, _: str) -> NoReturn:
+        raise AttributeError(
+            "EMAHandler.handle_buffers cannot be assigned: it decides which tensors are averaged, "
+            "and whether the EMA model is in train mode, when those are laid out. Give it at "
+            "construction: EMAHandler(model, handle_buffers=...)."
+        )
 
     @property
     def update_index(self) -> int:
@@ -179,11 +218,27 @@ class EMAHandler:
     def schedule(self, schedule: Schedule) -> None:
         check_schedule(schedule)
         self.ema.schedule = schedule
+        for attachment in self._attachments:
+            engine = attachment.engine()
+            if engine is not None and attachment.handles and attachment.name is not None:
+                self._write_momentum(engine, attachment, attachment.name)
 
     @property
     def momentum(self) -> float | None:
-        """The schedule's momentum, after the warm-up; None for a schedule without such a field."""
+        """The momentum after the warm-up; None for a schedule without such a field.
+
+        May be assigned where there is one, attached or not.
+        """
         return getattr(self.schedule, "momentum", None)
+
+    @momentum.setter
+    def momentum(self, momentum: float) -> None:
+        if not isinstance(self.schedule, Constant | LinearWarmup):
+            raise AttributeError(
+                f"EMAHandler.momentum cannot be assigned: {self.schedule!r} gives the momentum of "
+                "each update. Assign handler.schedule instead."
+            )
+        self.schedule = replace(self.schedule, momentum=momentum)
 
     @property
     def momentum_warmup(self) -> float | None:
@@ -196,11 +251,14 @@ class EMAHandler:
         return getattr(self.schedule, "warmup_iters", None)
 
     @property
-    def momentum_scheduler(self) -> Schedule:
-        """The schedule, under the name that it has in Ignite."""
-        return self.schedule
+    def _momentum_lambda_obj(self) -> Schedule | None:
+        """The schedule under its name in Ignite, where subclasses read and assign it."""
+        return None if isinstance(self.schedule, Constant) else self.schedule
 
-    _momentum_lambda_obj = momentum_scheduler  # Ignite's own tests ask for this one too
+    @_momentum_lambda_obj.setter
+    def _momentum_lambda_obj(self, schedule: Schedule | None) -> None:
+        momentum: Any = self.momentum  # Constant refuses None
+        self.schedule = Constant(momentum) if schedule is None else schedule
 
     def attach(
         self,
@@ -228,16 +286,17 @@ class EMAHandler:
             TypeError: This is not an engine.
             ValueError: The engine does not have the event, or keeps something else by the name.
         """
-        if engine in self._handles:
+        _check_engine(engine, "engine", "the trainer")
+        last = self._attachment_of(engine)
+        if last is not None and last.handles:
+            if last.swap_out is not None:
+                raise RuntimeError(
+                    "This EMAHandler swaps around this engine's runs, and cannot update inside of "
+                    "them. Attach it to the trainer."
+                )
             raise RuntimeError(
                 "This EMAHandler is attached to this engine already; attached twice, it would "
                 "update twice per event. Call detach() first to attach it differently."
-            )
-        _check_engine(engine, "engine", "the trainer")
-        if engine in self._swaps:
-            raise RuntimeError(
-                "This EMAHandler swaps around this engine's runs, and cannot update inside of "
-                "them. Attach it to the trainer."
             )
         if name in _ENGINE_STATE:
             raise ValueError(
@@ -245,17 +304,23 @@ class EMAHandler:
                 "would overwrite. Choose another name, e.g. 'ema_momentum'."
             )
         exists = hasattr(engine.state, name)
-        shown = getattr(engine.state, name, None)
-        earlier = {key: len(listeners) for key, listeners in engine._event_handlers.items()}
+        listeners = {event: [*found] for event, found in engine._event_handlers.items()}
+        # In this order, as in Ignite: an override reads the momentum of its update in engine.state.
+        steps = [self._show_momentum, self._update_ema_model]
+        if getattr(self._update_ema_model, "__func__", None) is not EMAHandler._update_ema_model:
+            steps.append(self._count_event)
         try:
-            handle = engine.add_event_handler(event, self._update, name)
+            handles = [engine.add_event_handler(event, step, name) for step in steps]
         except Exception:
             for part in event if isinstance(event, EventsList) else ():
-                if engine.has_event_handler(self._update, part):
-                    engine.remove_event_handler(self._update, part)
+                for step in steps:
+                    if engine.has_event_handler(step, part):
+                        engine.remove_event_handler(step, part)
             raise
-        again = self._names.get(engine) == name
-        self._handles[engine], self._names[engine] = handle, name
+        again = last is not None and last.name == name
+        written = last.written if last is not None and again else None
+        attachment = _Attachment(weakref.ref(engine), handles, name, written)
+        self._keep(attachment)
         if exists and warn_if_exists and not again:
             warnings.warn(
                 f"Attribute '{name}' already exists in Engine.state: either the engine has loaded "
@@ -264,7 +329,13 @@ class EMAHandler:
                 UserWarning,
                 stacklevel=2,
             )
-        if any(map(self._is_saved_by, _before_the_last(engine, earlier))):
+        earlier = [
+            listener
+            for event, found in engine._event_handlers.items()
+            if len(found) > len(listeners.get(event, ()))
+            for listener in listeners.get(event, ())
+        ]
+        if any(self._is_saved_by(*listener) for listener in earlier):
             warnings.warn(
                 "A Checkpoint that saves this EMAHandler is attached to the same event already, "
                 "and so runs before each update: what it saves lacks the last one, and a resumed "
@@ -272,23 +343,22 @@ class EMAHandler:
                 UserWarning,
                 stacklevel=2,
             )
-        if not exists or (again and shown == self._written.get(engine)):
-            self._write(engine, name, momentum_from(self.schedule, self.update_index + 1))
+        if not exists or getattr(engine.state, name) == attachment.written:
+            self._write_momentum(engine, attachment, name)
 
     def detach(self) -> None:
         """Stop updating and swapping, on every engine; all else stays as it is."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        self._distances.clear()
-        for engine, (end, handles) in self._swaps.items():
-            end()
-            for handle in handles:
+        for attachment in self._attachments:
+            engine = attachment.engine()
+            if attachment.swap_out is not None:
+                attachment.swap_out()
+            for handle in attachment.handles:
                 handle.remove()
-            # An engine that finds this key keeps exceptions to itself, even if nobody listens.
-            if not engine._event_handlers[Events.EXCEPTION_RAISED]:
+            attachment.handles.clear()
+            attachment.distances.clear()
+            # An engine that finds this key, even without listeners, does not raise exceptions.
+            if engine is not None and not engine._event_handlers.get(Events.EXCEPTION_RAISED, True):
                 del engine._event_handlers[Events.EXCEPTION_RAISED]
-        self._swaps.clear()
 
     def attach_swap(self, evaluator: Engine) -> None:
         """Have every run of this engine evaluate the online model with the EMA's weights.
@@ -305,8 +375,9 @@ class EMAHandler:
             TypeError: This is not an engine.
         """
         _check_engine(evaluator, "evaluator", "that evaluates the model")
-        if evaluator in self._swaps or evaluator in self._handles:
-            what = "swaps" if evaluator in self._swaps else "updates"
+        last = self._attachment_of(evaluator)
+        if last is not None and last.handles:
+            what = "updates" if last.swap_out is None else "swaps"
             raise RuntimeError(
                 f"This EMAHandler {what} on this engine already, and cannot swap around its runs. "
                 "Give an engine of its own to the evaluation, or call detach() first."
@@ -326,10 +397,10 @@ class EMAHandler:
             while entered:
                 entered.pop().__exit__(None, None, None)
 
-        def fail(error: BaseException) -> None:
+        def fail(engine: Engine, error: BaseException) -> None:
             end()
-            # The engine raises only if nobody listens, and nobody else does.
-            if len(evaluator._event_handlers[Events.EXCEPTION_RAISED]) == 1:
+            # The engine raises only without listeners, and this is the only one.
+            if len(engine._event_handlers[Events.EXCEPTION_RAISED]) == 1:
                 raise error
 
         # An engine that was interrupted goes on without another EPOCH_STARTED.
@@ -341,7 +412,7 @@ class EMAHandler:
         for event in [*ends, Events.EXCEPTION_RAISED]:
             listeners = evaluator._event_handlers[event]
             listeners.insert(0, listeners.pop())
-        self._swaps[evaluator] = (end, handles)
+        self._keep(_Attachment(weakref.ref(evaluator), handles, swap_out=end))
 
     def attach_distance(self, engine: Engine, every: int = 100, name: str = "ema_distance") -> None:
         """Show in `engine.state` how far the EMA is from the online model.
@@ -356,7 +427,8 @@ class EMAHandler:
             RuntimeError: The handler is not attached to this engine.
             ValueError: `every` is below 1, or the engine keeps something else by this name.
         """
-        if engine not in self._handles:
+        attachment = self._attachment_of(engine)
+        if attachment is None or attachment.name is None or not attachment.handles:
             raise RuntimeError(
                 "This EMAHandler is not attached to this engine, so there are no updates to "
                 "measure after. Call attach(engine) first."
@@ -366,13 +438,12 @@ class EMAHandler:
                 f"every must be a number of updates, but got {every!r}. The distance is measured "
                 "after each so many of them: give an int from 1 on."
             )
-        mine = self._distances.setdefault(engine, {})
-        if name not in mine and hasattr(engine.state, name):
+        if name not in attachment.distances and hasattr(engine.state, name):
             raise ValueError(
                 f"Something else is kept in engine.state.{name}, which the distance would "
                 "overwrite. Choose another name."
             )
-        mine[name] = every
+        attachment.distances[name] = every
 
     def sync(self) -> None:
         """Copy the online model into the EMA model, e.g. after loading weights into it."""
@@ -409,48 +480,68 @@ class EMAHandler:
             warnings.warn(remark, UserWarning, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is attached to nothing."""
-        empty: dict[str, Any] = {"_handles": {}, "_names": {}, "_written": {}}
-        return {**self.__dict__, **empty, "_distances": {}, "_swaps": {}}
+        """A copy is attached to no engine."""
+        return {**self.__dict__, "_attachments": []}
 
-    def _update(self, engine: Engine, name: str) -> None:
+    def _show_momentum(self, engine: Engine, name: str) -> None:
+        """Write the momentum of the next update into `engine.state`, unless the user drives it."""
+        attachment = self._attachment_of(engine)
+        assert attachment is not None  # attach() registers this
         shown: Any = getattr(engine.state, name, None)
-        if isinstance(self.schedule, Constant) and self._is_driven(engine, shown):
-            self.ema.update(shown)
-        else:
-            momentum = momentum_from(self.schedule, self.update_index + 1)
-            self.ema.update(momentum)
-            self._write(engine, name, momentum)
-        for attribute, every in self._distances.get(engine, {}).items():
+        # What differs from what was written last, the user wrote. A tensor's value is not asked
+        # for: reading it would wait for the device.
+        driven = isinstance(shown, Tensor) or (shown is not None and shown != attachment.written)
+        if not (driven and isinstance(self.schedule, Constant)):
+            self._write_momentum(engine, attachment, name)
+        self._event_index = self.update_index + 1
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        """Update the EMA with the momentum in `engine.state`; may be overridden, as in Ignite.
+
+        Args:
+            engine: The engine whose event this is.
+            name: The attribute of `engine.state` that has the momentum of this update.
+        """
+        self.ema.update(getattr(engine.state, name))
+        attachment = self._attachment_of(engine)
+        for attribute, every in attachment.distances.items() if attachment else ():
             if self.update_index % every == 0:
                 setattr(engine.state, attribute, _as_dict(self.ema.distance()))
 
-    def _is_saved_by(self, listener: object) -> bool:
-        # Whoever has a Checkpoint has imported this, which takes a while.
+    def _count_event(self, engine: Engine, name: str) -> None:  # noqa: ARG002
+        """Count an event whose override did not call `ema.update`, as Ignite's warm-up does."""
+        self.ema.update_index = max(self.ema.update_index, self._event_index)
+
+    def _write_momentum(self, engine: Engine, attachment: _Attachment, name: str) -> None:
+        attachment.written = momentum_from(self.schedule, self.update_index + 1)
+        setattr(engine.state, name, attachment.written)
+
+    def _attachment_of(self, engine: Engine) -> _Attachment | None:
+        return next((found for found in self._attachments if found.engine() is engine), None)
+
+    def _keep(self, attachment: _Attachment) -> None:
+        """Remember it in place of the engine's last one, and forget engines that are gone."""
+        gone = (None, attachment.engine())
+        kept = [a for a in self._attachments if all(a.engine() is not one for one in gone)]
+        self._attachments = [*kept, attachment]
+
+    def _is_saved_by(
+        self, listener: object, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> bool:
+        # Not imported here: this takes a while, and without it there is no Checkpoint.
         checkpoint = sys.modules.get("ignite.handlers.checkpoint")
+        listener = getattr(listener, "__wrapped__", listener)  # Ignite wraps those with a filter
         if checkpoint is None or not isinstance(listener, checkpoint.Checkpoint):
             return False
-        mine = (self, self.ema, self.ema._ema_model)
-        return any(saved is own for saved in listener.to_save.values() for own in mine)
-
-    def _write(self, engine: Engine, name: str, momentum: float) -> None:
-        self._written[engine] = momentum
-        setattr(engine.state, name, momentum)
-
-    def _is_driven(self, engine: Engine, shown: object) -> bool:
-        """Whether the user wrote it: it differs from what the handler wrote last."""
-        # A tensor's value is not asked for: reading it would wait for the device.
-        written = self._written.get(engine)
-        return isinstance(shown, Tensor) or (shown is not None and shown != written)
-
-
-def _before_the_last(engine: Engine, earlier: Mapping[Any, int]) -> Iterator[object]:
-    """What listens to the events that have one listener more than `earlier`."""
-    for event, listeners in engine._event_handlers.items():
-        if len(listeners) > earlier.get(event, 0):
-            for listener, _, _ in listeners[:-1]:
-                # Ignite wraps the listeners of an event with a filter.
-                yield getattr(listener, "__wrapped__", listener)
+        # A ModelCheckpoint is given its objects when the event fires.
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
+        own = (self, self.ema, self.ema._ema_model)
+        return any(
+            saved is one
+            for objects in (listener.to_save, *given)
+            for saved in objects.values()
+            for one in own
+        )
 
 
 def _check_engine(engine: object, argument: str, which: str) -> None:
@@ -482,7 +573,7 @@ def _as_dict(distance: Distance) -> dict[str, Any]:
 
 
 def _schedule_from_arguments(
-    momentum: float, momentum_warmup: float | None, warmup_iters: int | None
+    momentum: float, momentum_warmup: float | None, warmup_iters: float | None
 ) -> Schedule:
     constant = Constant(momentum)
     if momentum_warmup is not None and warmup_iters is not None:
@@ -490,7 +581,7 @@ def _schedule_from_arguments(
     given, missing = ("momentum_warmup", "warmup_iters")
     if warmup_iters is not None:
         given, missing = missing, given
-    if momentum_warmup is not None or warmup_iters is not None:
+    if momentum_warmup is not None or warmup_iters not in (None, 0):
         # Its own errors come first; whatever is missing is filled with a valid value.
         LinearWarmup(
             momentum if momentum_warmup is None else momentum_warmup,

@@ -55,12 +55,12 @@ class LinearWarmup:
     Args:
         momentum_warmup: :math:`\lambda_1`, the first update's momentum, in [0, 1].
         momentum: :math:`\lambda`, in [0, 1], reached at update `warmup_iters`.
-        warmup_iters: :math:`n`, in updates, at least 1. With 1, the second update already has
+        warmup_iters: :math:`n`, in updates, at least 0. With 0 or 1, the second update already has
             :math:`\lambda`.
 
     Raises:
         ValueError: A value is out of its range.
-        TypeError: A value is not a number, or `warmup_iters` not an integer.
+        TypeError: A value is not a number, or `warmup_iters` not an integral one.
 
     Example:
         >>> schedule = LinearWarmup(0.5, 0.1, warmup_iters=3)
@@ -70,12 +70,12 @@ class LinearWarmup:
 
     momentum_warmup: float
     momentum: float
-    warmup_iters: int
+    warmup_iters: float  # an int once constructed
 
     def __post_init__(self) -> None:
         _check_fraction(self, "momentum")
         _check_fraction(self, "momentum_warmup")
-        _check_count(self, "warmup_iters")
+        _check_count(self, "warmup_iters", least=0)
 
     def __call__(self, update_index: int) -> float:
         """The momentum of that update."""
@@ -455,13 +455,28 @@ def _check_positive(schedule: object, name: str, meaning: str) -> None:
         raise ValueError(f"Invalid {name}: {value}. It is {meaning}: give a finite value above 0.")
 
 
-def _check_count(schedule: object, name: str) -> None:
+def _check_count(schedule: object, name: str, least: int = 1) -> None:
     value = getattr(schedule, name)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    count = _integral(value)
+    if count is None:
         raise TypeError(
             f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
             "give an integer."
         )
-    if value < 1:
-        raise ValueError(f"Invalid {name}: {value}. It counts updates or steps: give at least 1.")
-    object.__setattr__(schedule, name, int(value))
+    if count < least:
+        raise ValueError(
+            f"Invalid {name}: {value}. It counts updates or steps: give at least {least}."
+        )
+    object.__setattr__(schedule, name, count)
+
+
+def _integral(value: object) -> int | None:
+    """The integer that it is, as a float too, but for a few roundings: 0.1 * 30 is above 3."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    number = float(value)
+    if not math.isfinite(number) or not math.isclose(number, round(number), rel_tol=2**-50):
+        return None
+    return round(number)

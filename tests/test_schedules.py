@@ -409,10 +409,26 @@ def test_a_scale_that_is_not_positive_is_an_error(
 
 @pytest.mark.parametrize("value", [0, -3, -(10**400)], ids=lambda value: str(value)[:8])
 @pytest.mark.parametrize(("kind", "name"), COUNT_FIELDS)
-def test_a_count_below_1_is_an_error(kind: type, name: str, value: int) -> None:
+def test_a_count_below_its_least_is_an_error(kind: type, name: str, value: int) -> None:
+    least = 0 if kind is LinearWarmup else 1
+    if value >= least:
+        assert kind(0.5, 0.1, value) == kind(0.5, 0.1, 0)  # no error
+        return
     assert refusal(kind, name, value, ValueError) == (
-        f"Invalid {name}: {value}. It counts updates or steps: give at least 1."
+        f"Invalid {name}: {value}. It counts updates or steps: give at least {least}."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [(3.0, 3), (1e4, 10_000), (0.1 * 30, 3), (0.1 * 70, 7), (np.float32(5), 5), (Fraction(8, 2), 4)],
+    ids=repr,
+)
+@pytest.mark.parametrize(("kind", "name"), COUNT_FIELDS)
+def test_integral_numbers_are_counts(kind: type, name: str, value: Any, count: int) -> None:
+    arguments = {field.name: getattr(VALID[kind], field.name) for field in fields(kind)}
+    found = getattr(kind(**arguments | {name: value}), name)
+    assert (type(found), found) == (int, count)
 
 
 @pytest.mark.parametrize("value", ["0.1", None, True, False, 1j, [0.1], Decimal("0.1")], ids=repr)
@@ -426,7 +442,7 @@ def test_what_is_no_number_is_an_error(kind: type, name: str, value: Any) -> Non
     )
 
 
-@pytest.mark.parametrize("value", [2.5, 2.0, NAN, INF, "3", None, True], ids=repr)
+@pytest.mark.parametrize("value", [2.5, 3 + 1e-9, NAN, INF, "3", None, True], ids=repr)
 @pytest.mark.parametrize(("kind", "name"), COUNT_FIELDS)
 def test_what_is_no_integer_is_an_error(kind: type, name: str, value: Any) -> None:
     assert refusal(kind, name, value, TypeError) == (
