@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_triton.precision import PRECISIONS
 
 HANDLE_BUFFERS = ("copy", "update", "ema_train")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NONFINITE = ("propagate", "skip", "raise")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `ModelEMA` that `EMAHandler` hands on."""
+
+    ema_model: nn.Module | None
+    backend: str
+    ema_dtype: torch.dtype | None
+    precision: str
+    seed: int
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str]
+    momentum_scale: Mapping[str, float] | None
+    nonfinite: str
 
 
 def check_choices(

@@ -6,15 +6,15 @@ An engine's event asks the schedule for the momentum of the next update, shows i
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 try:
@@ -43,6 +43,11 @@ from ema_triton.schedules import (
     check_schedule,
     momentum_from,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ema_triton.arguments import Options
 
 DEFAULT_MOMENTUM = 0.0002
 
@@ -80,16 +85,8 @@ class EMAHandler:
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
             those of `ema_triton.schedules`; instead of the three arguments above.
-        ema_model: The EMA model to use, by default a copy of `model`.
-        backend: "auto", "triton" or "foreach".
-        ema_dtype: dtype of the EMA model's floating tensors, by default that of the model.
-        precision: How a bf16 or fp16 EMA takes small steps: "exact", "stochastic" or "nearest"; see
-            `ModelEMA`.
-        seed: Of the stochastic rounding.
-        include: Names or globs of what to average, by default all; the rest is copied.
-        exclude: Those of `include` to copy all the same.
-        momentum_scale: Factors for the momentum by name or glob.
-        nonfinite: "propagate", "skip" or "raise": what NaN and Inf do to the EMA; see `ModelEMA`.
+        **options: The other keyword arguments of `ModelEMA`: `ema_model`, `backend`, `ema_dtype`,
+            `precision`, `seed`, `include`, `exclude`, `momentum_scale`, `nonfinite`.
 
     Attributes:
         ema: The `ModelEMA`.
@@ -100,7 +97,7 @@ class EMAHandler:
 
     Raises:
         ValueError: An argument is not one of the accepted values.
-        TypeError: An argument or a tensor is of a wrong type.
+        TypeError: An argument is unknown, or of a wrong type, or a tensor is.
 
     Example:
         >>> from ignite.engine import Engine, Events
@@ -126,15 +123,7 @@ class EMAHandler:
         handle_buffers: str = "copy",
         *,
         schedule: Schedule | None = None,
-        ema_model: nn.Module | None = None,
-        backend: str = "auto",
-        ema_dtype: torch.dtype | None = None,
-        precision: str = "exact",
-        seed: int = 0,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] = (),
-        momentum_scale: Mapping[str, float] | None = None,
-        nonfinite: str = "propagate",
+        **options: Unpack[Options],
     ) -> None:
         given = (momentum, momentum_warmup, warmup_iters)
         if schedule is None:
@@ -146,19 +135,8 @@ class EMAHandler:
                 "decide. Give the schedule alone, or those alone."
             )
         check_schedule(schedule)
-        self.ema = ModelEMA(
-            model,
-            ema_model=ema_model,
-            handle_buffers=handle_buffers,
-            backend=backend,
-            ema_dtype=ema_dtype,
-            precision=precision,
-            seed=seed,
-            include=include,
-            exclude=exclude,
-            momentum_scale=momentum_scale,
-            nonfinite=nonfinite,
-        )
+        _check_options(options)
+        self.ema = ModelEMA(model, handle_buffers=handle_buffers, **options)
         self._attachments: list[_Attachment] = []
         self.schedule = schedule
         self.momentum_scheduler: Any = None
@@ -541,6 +519,17 @@ class EMAHandler:
             for objects in (listener.to_save, *given)
             for saved in objects.values()
             for one in own
+        )
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    accepted = [*inspect.signature(ModelEMA).parameters]
+    for name in options.keys() - accepted:
+        own = inspect.signature(EMAHandler).parameters
+        names = ", ".join(one for one in dict.fromkeys([*own, *accepted]) if one != "options")
+        raise TypeError(
+            f"EMAHandler got an unexpected keyword argument {name!r}, which would do nothing. It "
+            f"takes: {names}."
         )
 
 

@@ -25,7 +25,8 @@ from ignite.engine import Engine, EventEnum, Events
 from ignite.handlers import Checkpoint, DiskSaver, LambdaStateScheduler
 from ignite.handlers import EMAHandler as IgniteHandler
 
-from ema_triton import EMAHandler
+from ema_triton import EMAHandler, ModelEMA
+from ema_triton.arguments import Options
 from ema_triton.schedules import (
     Constant,
     CosineRamp,
@@ -199,8 +200,9 @@ def test_leading_parameters_are_ignites(method: str) -> None:
     theirs, ours = leading(IgniteHandler), leading(EMAHandler)
     assert len(theirs) >= 5
     assert ours[: len(theirs)] == theirs
-    assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, _, kind in ours[len(theirs) :])
-    assert all(default is not inspect.Parameter.empty for _, default, _ in ours[len(theirs) :])
+    more = [(default, kind) for _, default, kind in ours[len(theirs) :]]
+    options = (inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD)
+    assert more == ([(None, inspect.Parameter.KEYWORD_ONLY), options] if more else [])
 
 
 def test_positional_arguments_arrive() -> None:
@@ -1120,9 +1122,21 @@ def test_bad_arguments_are_errors_at_construction(
         assert word in str(error.value), f"{word!r} is not in {str(error.value)!r}"
 
 
-def test_unknown_keywords_are_errors() -> None:
-    with pytest.raises(TypeError, match="momentum_warm_up"):
+def test_unknown_keywords_are_errors_that_list_the_known_ones() -> None:
+    with pytest.raises(TypeError) as error:
         EMAHandler(unit_model(), momentum_warm_up=0.1)  # type: ignore[call-arg]
+    text = str(error.value)
+    assert text.startswith("EMAHandler got an unexpected keyword argument 'momentum_warm_up'")
+    known = {*inspect.signature(ModelEMA).parameters, *inspect.signature(EMAHandler).parameters}
+    assert {*text.rpartition("It takes: ")[2].rstrip(".").split(", ")} == known - {"options"}
+
+
+def test_the_typed_options_are_those_of_model_ema() -> None:
+    signature = inspect.signature(ModelEMA).parameters
+    named = {name: one.annotation for name, one in signature.items()}
+    del named["model"], named["handle_buffers"]  # EMAHandler names these itself
+    assert {name: one.__forward_arg__ for name, one in Options.__annotations__.items()} == named
+    assert {*named} <= {*re.findall(r"`(\w+)`", inspect.getdoc(EMAHandler) or "")}
 
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0, 0, 1])

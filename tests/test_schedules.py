@@ -421,7 +421,14 @@ def test_a_count_below_its_least_is_an_error(kind: type, name: str, value: int) 
 
 @pytest.mark.parametrize(
     ("value", "count"),
-    [(3.0, 3), (1e4, 10_000), (0.1 * 30, 3), (0.1 * 70, 7), (np.float32(5), 5), (Fraction(8, 2), 4)],
+    [
+        (3.0, 3),
+        (1e4, 10_000),
+        (0.1 * 30, 3),
+        (0.1 * 70, 7),
+        (np.float32(5), 5),
+        (Fraction(8, 2), 4),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize(("kind", "name"), COUNT_FIELDS)
