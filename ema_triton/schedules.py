@@ -471,7 +471,7 @@ def _check_count(schedule: object, name: str, least: int = 1) -> None:
 
 
 def _integral(value: object) -> int | None:
-    """The integer that it is, as a float too, but for a few roundings: 0.1 * 30 is above 3."""
+    """The integer that it is, up to a few roundings: 0.29 * 100 is below 29."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     if isinstance(value, numbers.Integral):
