@@ -28,7 +28,7 @@ def weights_from(
         ValueError: It is not recognised, or damaged.
         OSError: The file cannot be opened.
     """
-    state: Any = source if isinstance(source, Mapping) else files.read(source).state
+    state: Any = source if isinstance(source, Mapping) else files.read(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
         return Saved.of(state)._replace(update_index=None, schedule=None), []
     own = {clean_name(name): value for name, value in ema_model.state_dict().items()}

@@ -488,12 +488,11 @@ class ModelEMA:
             ImportError: safetensors is not installed.
         """
         with self._lock:
-            told = {"format": "pt", "update_index": str(self.update_index)}
             if not is_sharded(self.model):
-                files.write_weights(path, self.state_dict()["weights"], told)
+                files.write_weights(path, self.state_dict()["weights"], self.update_index)
                 return
             weights = self.state_dict(full_state_dict=True).get("weights", {})
-            ranks.from_first(lambda: files.write_weights(path, weights, told))
+            ranks.from_first(lambda: files.write_weights(path, weights, self.update_index))
 
     def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         """Load the weights that this or another library saved, and go on from there.

@@ -140,7 +140,7 @@ def test_timm_checkpoint() -> None:
     """tests/files/README.md says what is in it."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     own, parameters = own_of(model)
-    found = weights_of(read(TIMM).state, own, parameters)
+    found = weights_of(read(TIMM), own, parameters)
     count = 2
     for name, value in own.items():
         expected = torch.arange(count, count + value.numel()).reshape(value.shape)
