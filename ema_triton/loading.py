@@ -74,10 +74,10 @@ def spread_from_first(
     )
 
 
-def load(
+def fitted(
     found: Saved, ema_model: nn.Module, plan: Plan, precision: str
-) -> tuple[Memory, list[str]]:
-    """Check that it fits, convert it, and load it.
+) -> tuple[dict[str, Any], Memory, list[str]]:
+    """Check that it fits, and convert it.
 
     Args:
         found: What was saved.
@@ -86,11 +86,11 @@ def load(
         precision: How bf16 and fp16 EMA tensors are averaged.
 
     Returns:
-        What the next plan has to know beside the weights; and remarks on what was lost.
+        What the EMA model is to load; what the next plan has to know beside it; and remarks on
+        what was lost.
 
     Raises:
         ValueError: Names or shapes do not fit.
-        Exception: Whatever a module's own hooks raise.
     """
     state = ema_model.state_dict()
     names = {clean_name(name): name for name in state}
@@ -115,8 +115,7 @@ def load(
         (names[name], shards.like(value, own[name])) for name, value in weights.items()
     )
     loaded._metadata = getattr(found.weights, "_metadata", None)
-    _load_or_restore(loaded, ema_model, plan)
-    return Memory(values, seed, updates, plan.nonfinite_count()), remarks
+    return loaded, Memory(values, seed, updates, plan.nonfinite_count()), remarks
 
 
 def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,7 +128,7 @@ def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, An
     return parts  # type: ignore[no-any-return]
 
 
-def _load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) -> None:
+def load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) -> None:
     """Load what fits; a module's own hook or extra state can fail all the same, half-way."""
     places = [*Place.all_of(ema_model)]
     before = {id(place.part): place.part.to("cpu", copy=True) for place in places}

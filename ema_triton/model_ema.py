@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from ema_triton.arguments import check_choices, check_momentum
 from ema_triton.backend import Backend, check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
-from ema_triton.interrupts import Uninterrupted
-from ema_triton.loading import load, spread_from_first, weights_from
+from ema_triton.interrupts import Deferred, SwapContext
+from ema_triton.loading import fitted, load_or_restore, spread_from_first, weights_from
 from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
 from ema_triton.nonfinite import Alarm, complaint
 from ema_triton.pairs import Slots, check_tensors, clean_name, has_fractions, own_copy
@@ -245,11 +245,13 @@ class ModelEMA:
     def sync(self) -> None:
         """Copy the online model into the EMA model, buffers too, e.g. after loading weights.
 
+        SIGINT (Ctrl-C) is deferred meanwhile.
+
         Raises:
             ValueError: A tensor changed its shape or vanished.
             RuntimeError: The models' weights are swapped.
         """
-        with self._lock, torch.no_grad():
+        with self._lock, Deferred(), torch.no_grad():
             self._refuse_inside_swap("sync()")
             plan, online = self._current_plan()
             plan.copies.write(online)
@@ -269,8 +271,9 @@ class ModelEMA:
 
         The values change places, at unchanged addresses: one pass on a GPU, on a CPU with at most a
         chunk of extra memory. (Where EMA and online dtypes differ, and for what is copied and not
-        averaged, the online values wait in a copy.) They are back after any exception, and Ctrl-C
-        waits while they move. Inside, `update`, `sync`, `load_state_dict` and another swap are
+        averaged, the online values wait in a copy.) They are back after any exception. SIGINT
+        (Ctrl-C) is deferred while they move; inside, where its handler raises, they are back before
+        the exception goes on. Inside, `update`, `sync`, `load_state_dict` and another swap are
         errors, `state_dict` is what it is outside, and a write to the weights is warned of on exit.
 
         Raises:
@@ -284,7 +287,7 @@ class ModelEMA:
             ...     print(evaluated is model, model.weight.tolist())
             True [[0.5, 0.5]]
         """
-        return Uninterrupted(self._swap_in, self._swap_out)
+        return SwapContext(self._swap_in, self._swap_out)
 
     def follow(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> RemovableHandle:
         """Update after every step that the optimizer really makes.
@@ -540,21 +543,24 @@ class ModelEMA:
             # this EMA, whose next plan would take the companions for stale.
             found = found.apart_from(self._known_plan().companions.companions)
             plan, _ = self._current_plan()
-            self._memory, lost = load(found, self._ema_model, plan, self.precision)
-            self._backend = None  # no plan counts before there is one with this memory
+            weights, memory, lost = fitted(found, self._ema_model, plan, self.precision)
             lost += remarks
             said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
-            if found.update_index is not None:
-                self.update_index = found.update_index
-            if found.schedule is not None:
-                if self._schedule not in (None, found.schedule):
-                    said.append(
-                        f"The checkpoint's schedule {found.schedule} replaces this handler's "
-                        f"{self._schedule}. To keep another one, assign handler.schedule after "
-                        "loading."
-                    )
-                self._schedule = found.schedule
-            self._make_plan()
+            if found.schedule is not None and self._schedule not in (None, found.schedule):
+                said.append(
+                    f"The checkpoint's schedule {found.schedule} replaces this handler's "
+                    f"{self._schedule}. To keep another one, assign handler.schedule after "
+                    "loading."
+                )
+            with Deferred():
+                load_or_restore(weights, self._ema_model, plan)
+                self._memory = memory
+                self._backend = None  # no plan counts before there is one with this memory
+                if found.update_index is not None:
+                    self.update_index = found.update_index
+                if found.schedule is not None:
+                    self._schedule = found.schedule
+                self._make_plan()
             return said
 
     def __getstate__(self) -> dict[str, Any]:
@@ -607,7 +613,11 @@ class ModelEMA:
     def _swap_out(self) -> None:
         with self._lock:
             swap, self._swap = self._swap, None
-            if swap is not None:
+            if swap is None:
+                return
+            # SIGINT may end the swap where FakeTensorMode or another stream is active.
+            stream = nullcontext() if swap.stream is None else torch.cuda.stream(swap.stream)
+            with stream, torch._C._DisableTorchDispatch():
                 swap.leave()
 
     def _refuse_inside_swap(self, what: str) -> None:

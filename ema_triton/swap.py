@@ -32,6 +32,7 @@ class Swap:
         exchange: Callable[[Bucket], None],
     ) -> None:
         self._model, self._ema_model, self._plan, self._exchange = model, ema_model, plan, exchange
+        self.stream = torch.cuda.current_stream() if plan.on_cuda else None
         overlapping = self._overlapping = _overlapping(plan.buckets)
         self._in_place = [
             bucket

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("ignite")
 
-from ema_triton import EMAHandler, ModelEMA, loading
+from ema_triton import EMAHandler, ModelEMA, model_ema
 from ema_triton.saved import Saved
 from ema_triton.schedules import Delayed, LinearWarmup, momentum_from
 
@@ -392,7 +392,7 @@ def test_a_loader_that_is_broken_is_noticed(broken: str, monkeypatch: pytest.Mon
     elif broken == "no roll-back":  # all that the check leaves to it
         monkeypatch.setattr(Saved, "check_fit", lambda *_: None)
         monkeypatch.setattr(
-            loading, "_load_or_restore", lambda weights, model, plan: model.load_state_dict(weights)
+            model_ema, "load_or_restore", lambda weights, ema, _: ema.load_state_dict(weights)
         )
     else:
         monkeypatch.setattr(Saved, "_value", lambda self, name: self.weights[name])
