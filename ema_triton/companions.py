@@ -88,13 +88,6 @@ class Companions:
             if self._version_of(index) == version + self.writes * step:
                 yield self.pairs[index], self.weights[index], self.companions[index]
 
-    def vouch_for(self, pairs: list[Pair]) -> None:
-        """Count what was written into these as ours: they have the values of before again."""
-        known = set(map(id, pairs))
-        for index, (pair, step) in enumerate(zip(self.pairs, self.steps, strict=True)):
-            if id(pair) in known:
-                self.versions[index] = self._version_of(index) - self.writes * step
-
     def current(self) -> Iterator[tuple[Pair, Tensor, Tensor]]:
         """Those that are still in their place, too."""
         for pair, weight, companion in self.unwritten():

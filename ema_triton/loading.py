@@ -1,19 +1,16 @@
-"""Loading a saved state into an EMA model: all of it, or nothing."""
+"""What an EMA model is to load: a saved state that fits it, converted."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from ema_triton import files, ranks, shards
 from ema_triton.pairs import clean_name, listed
-from ema_triton.places import Place
 from ema_triton.plan import Memory, Plan
 from ema_triton.rivals import weights_of
 from ema_triton.saved import Saved
@@ -126,26 +123,3 @@ def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, An
     )
     parts._metadata = getattr(values, "_metadata", None)
     return parts  # type: ignore[no-any-return]
-
-
-def load_or_restore(weights: dict[str, Any], ema_model: nn.Module, plan: Plan) -> None:
-    """Load what fits; a module's own hook or extra state can fail all the same, half-way."""
-    places = [*Place.all_of(ema_model)]
-    before = {id(place.part): place.part.to("cpu", copy=True) for place in places}
-    extra = [
-        (module, copy.deepcopy(module.get_extra_state()))
-        for module in ema_model.modules()
-        if type(module).get_extra_state is not nn.Module.get_extra_state
-    ]
-    exact = [pair for pair, _, _ in plan.companions.current()]
-    try:
-        ema_model.load_state_dict(weights)
-    except BaseException:
-        for place in places:
-            place.put_back()
-            place.part.copy_(before[id(place.part)])
-        plan.companions.vouch_for(exact)
-        for module, state in extra:
-            with suppress(BaseException):  # it may be what failed; that is raised
-                module.set_extra_state(state)
-        raise

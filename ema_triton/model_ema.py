@@ -27,7 +27,7 @@ from ema_triton.backend import Backend, check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
 from ema_triton.interrupts import Deferred, SwapContext
-from ema_triton.loading import fitted, load_or_restore, spread_from_first, weights_from
+from ema_triton.loading import fitted, spread_from_first, weights_from
 from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
 from ema_triton.nonfinite import Alarm, complaint
 from ema_triton.pairs import Slots, check_tensors, clean_name, has_fractions, own_copy
@@ -461,7 +461,8 @@ class ModelEMA:
 
         Values are converted to this EMA's dtypes and precision. A warning says what had to be
         rounded, and what the state does not tell; and where its schedule replaces another one. Of a
-        sharded model, each rank takes its part of a tensor that is not sharded.
+        sharded model, each rank takes its part of a tensor that is not sharded. All is compared
+        before anything is loaded, and SIGINT (Ctrl-C) is deferred while it is.
 
         Args:
             state: The state.
@@ -470,7 +471,8 @@ class ModelEMA:
 
         Raises:
             ValueError: The state is not of this kind or version, or names or shapes do not fit.
-                Nothing has been loaded then, nor after any other error.
+                Nothing has been loaded then.
+            Exception: Whatever a module's own hooks raise; what was loaded before that stays.
             RuntimeError: The models' weights are swapped.
         """
         for remark in self._load_state(state, Saved.of, full_state_dict):
@@ -510,7 +512,8 @@ class ModelEMA:
 
         Raises:
             ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
-                been loaded then, nor after any other error.
+                been loaded then.
+            Exception: Whatever a module's own hooks raise; what was loaded before that stays.
             OSError: The file cannot be opened.
             RuntimeError: The models' weights are swapped.
 
@@ -553,7 +556,7 @@ class ModelEMA:
                     "loading."
                 )
             with Deferred():
-                load_or_restore(weights, self._ema_model, plan)
+                self._ema_model.load_state_dict(weights)
                 self._memory = memory
                 self._backend = None  # no plan counts before there is one with this memory
                 if found.update_index is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ema_triton import shards
 
@@ -17,16 +16,6 @@ class Place:
         self.owner, self.key, self.tensor = owner, key, tensor
         self.part: Tensor = shards.local(tensor)
         self._data = self.part.detach()
-
-    @classmethod
-    def all_of(cls, model: nn.Module) -> Iterator[Place]:
-        """Those of all parameters and buffers."""
-        for module in model.modules():
-            owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for owner in owners:
-                for key, tensor in owner.items():
-                    if tensor is not None:
-                        yield cls(owner, key, tensor)
 
     def put_back(self) -> bool:
         """Whether another tensor, or other memory, was there."""

@@ -194,8 +194,9 @@ def test_what_is_cast_or_replaced_inside_is_as_before(
         with ema.swapped() as model:
             change(model)
 
-    with pytest.warns(UserWarning, match="was written, or replaced, while"):
+    with pytest.warns(UserWarning, match="was written, or replaced, while") as warned:
         inside()
+    assert len(warned) == 1
     assert addresses(ema.model) == before
     assert same(contents(ema.model), online)
     assert {t.dtype for t in ema.model.parameters()} == {torch.float32}

@@ -212,7 +212,7 @@ def test_ctrl_c_at_every_opcode_of_a_write_leaves_the_old_or_the_new_ema(
 
 
 @pytest.mark.usefixtures("undeferred")
-@pytest.mark.parametrize(("what", "step"), [("sync", 5)])
+@pytest.mark.parametrize(("what", "step"), [("sync", 5), ("load_state_dict", 29)])
 def test_without_deferral_a_write_would_be_mixed(what: str, step: int) -> None:
     assert old_or_new(what, step, FILES | TORCH).count("mixed") > 10
 
