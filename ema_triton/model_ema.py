@@ -57,9 +57,9 @@ class ModelEMA:
     Args:
         model: The online model, on any device, of any floating or complex dtype. A
             `DistributedDataParallel` or `torch.compile` wrapper is taken off; `DataParallel` stays.
-            Of a `DistributedDataParallel` model the EMA's buffers follow rank 0's. Of a sharded
-            one (FSDP2, any `DTensor`) each rank averages its own parts; build this on every rank,
-            after sharding.
+            Of a `DistributedDataParallel` model each rank's EMA has its own rank's buffers. Of a
+            sharded one (FSDP2, any `DTensor`) each rank averages its own parts; build this on
+            every rank, after sharding.
         ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
             its own values, and sharded likewise. By default a copy of `model`; of a sharded one
             there is none.
@@ -95,12 +95,10 @@ class ModelEMA:
 
     Raises:
         ValueError: An argument is not one of the accepted values; the model is not a Module; names
-            or shapes of `model` and `ema_model`, or of the model on different ranks, disagree; a
-            tensor has no memory.
+            or shapes of `model` and `ema_model` disagree; a tensor has no memory.
         TypeError: A tensor is of a kind that cannot be averaged.
         NotImplementedError: The model is sharded by FSDP1 or DeepSpeed's ZeRO-3.
-        RuntimeError: The model cannot be copied, or backend="triton" cannot run here; or not all
-            ranks build this.
+        RuntimeError: The model cannot be copied, or backend="triton" cannot run here.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -137,9 +135,6 @@ class ModelEMA:
         self.update_index = 0
         self._groups = Groups.of(include, exclude, momentum_scale)
         check_tensors(self.model)
-        self._buffers_group = None if handle_buffers == "ema_train" else ranks.buffers_group(model)
-        if len(together := ranks.ranks_of(self.model, self._buffers_group)) > 1:
-            ranks.agree(self.model, together)
         slots = Slots.of(self.model)
         averaged = slots.parameters | (slots.buffers if handle_buffers == "update" else {})
         self._groups.check(
@@ -230,8 +225,6 @@ class ModelEMA:
                 self._raise_if_nonfinite(plan)  # of the last update
             plan.copies.write(online)
             self._chosen.update(plan, momentum)
-            if self._buffers_group is not None:
-                ranks.follow_first(plan.ema_buffers, self._buffers_group)
             if capturing:
                 self._captured.append(plan)  # the graph goes on reading its chunk table
             plan.wrote()
@@ -262,8 +255,6 @@ class ModelEMA:
                 if current is not None:
                     for slot in pair.ema_slots:
                         slot.write(own_copy(current, pair.ema.dtype))
-            if self._buffers_group is not None:
-                ranks.follow_first(plan.ema_buffers, self._buffers_group)
             plan.wrote()
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
@@ -581,7 +572,6 @@ class ModelEMA:
                 "_memory": memory,
                 "_alarm": Alarm(0 if memory is None else memory.nonfinite),
                 "_following": None,
-                "_buffers_group": None,  # means nothing to another process
             }
             del state["_lock"]
             return state
@@ -591,7 +581,6 @@ class ModelEMA:
         with self._lock:
             twin = memo[id(self)] = type(self).__new__(type(self))
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-            twin._buffers_group = self._buffers_group
             return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:

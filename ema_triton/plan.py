@@ -52,15 +52,13 @@ class Plan:
     """Everything an update does: average the buckets, make the copies.
 
     `kept` pairs are buffers that only `sync` copies. `nonfinite` are the non-finite values that
-    were counted before this plan. `ema_buffers` are the EMA's buffers that an update writes, in an
-    order that is the same on all ranks, with what exact ones have beside them.
+    were counted before this plan.
     """
 
     buckets: list[Bucket]
     copies: Copies
     kept: list[Pair]
     averaged: list[Pair]
-    ema_buffers: list[Tensor]
     ema_tensors: list[Tensor]
     companions: Companions
     seed: int
@@ -198,7 +196,6 @@ def make_plan(
         copies=Copies.of(copied),
         kept=kept,
         averaged=averaged,
-        ema_buffers=_buffers([*averaged, *copied], ema, beside),
         ema_tensors=ema_tensors,
         companions=Companions.of(beside, ema_tensors),
         seed=past.seed,
@@ -217,20 +214,6 @@ def _key(pair: Pair, ema_dtype: torch.dtype | None, precision: str, scale: float
     if ema_dtype not in COMPANION_DTYPE or scale is None:
         precision = "nearest"
     return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense, precision, scale)
-
-
-def _buffers(
-    pairs: list[Pair], ema: Slots, beside: list[tuple[Pair, Tensor, Tensor]]
-) -> list[Tensor]:
-    companions = {id(pair): companion for pair, _, companion in beside}
-    buffers = {slot.place for slot in ema.buffers.values()}
-    found = []
-    for pair in pairs:
-        if pair.ema_slots[0].place in buffers:
-            # Written, it shall not look as if somebody else had done so.
-            found.append(pair.ema.data)
-            found += [companions[id(pair)]] if id(pair) in companions else []
-    return found
 
 
 def _check_anchored(pair: Pair, key: Key) -> None:
