@@ -71,7 +71,6 @@ def measured(model: Model, device: torch.device, calls: int) -> dict[str, float]
 
     parts: dict[str, Callable[[], object]] = {
         "  looking whether a tensor moved": plan.watch.is_stale,
-        "  looking whether an exact EMA was written": plan.companions.are_stale,
         "  copying what is not averaged": copies,
         f"  averaging ({ema.backend})": launch,
         "  telling autograd of the write": plan.wrote,

@@ -93,7 +93,7 @@ def fitted(
     names = {clean_name(name): name for name in state}
     own = dict(zip(names, state.values(), strict=True))
     found.check_fit(own)
-    exact = {name: pair.name for name, pair in plan.companions.names(own).items()}
+    exact = {name: exact.pair.name for name, exact in plan.exact_in(own).items()}
     found = found._replace(
         weights=_parts(found.weights, own), companions=_parts(found.companions, own)
     )

@@ -403,12 +403,7 @@ class ModelEMA:
             plan = self._known_plan()
             shards.reshard(self._ema_model)
             weights = self._ema_model.state_dict()
-            if self._swap is None:
-                found: Mapping[str, Any] = weights
-                exact = plan.companions.current()
-            else:
-                found = self._swap.outside(weights)
-                exact = plan.companions.unwritten()
+            found = weights if self._swap is None else self._swap.outside(weights)
             clean: Any = OrderedDict(
                 (clean_name(name), shards.like(shards.local(value), value))
                 for name, value in found.items()
@@ -417,11 +412,10 @@ class ModelEMA:
             metadata = getattr(weights, "_metadata", {})
             clean._metadata = {clean_name(name): value for name, value in metadata.items()}
             weights_by_name = {clean_name(name): value for name, value in weights.items()}
-            beside = {id(pair): companion for pair, _, companion in exact}
             companions = {
-                name: shards.like(beside[id(pair)], weights_by_name[name])
-                for name, pair in plan.companions.names(weights_by_name).items()
-                if id(pair) in beside
+                name: shards.like(exact.companion, weights_by_name[name])
+                for name, exact in plan.exact_in(weights_by_name).items()
+                if exact.is_in_place()
             }
             for tensors in (clean, companions) if clone and not full_state_dict else ():
                 for name, value in tensors.items():
@@ -533,9 +527,6 @@ class ModelEMA:
         """Load it, and return what is to be warned of."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
-            # torch.distributed.checkpoint has read into the tensors of state_dict(), that is into
-            # this EMA, whose next plan would take the companions for stale.
-            found = found.apart_from(self._known_plan().companions.companions)
             plan, _ = self._current_plan()
             weights, memory, lost = fitted(found, self._ema_model, plan, self.precision)
             lost += remarks
@@ -663,8 +654,8 @@ class ModelEMA:
             raise RuntimeError(
                 "A CUDA graph is being captured, and the EMA is not ready for it: it is new, or a "
                 "tensor of the online or the EMA model moved since the last update, and the graph "
-                "would keep old addresses, or an exact EMA was written. Call update() once after "
-                "the last change of the models, then capture."
+                "would keep old addresses. Call update() once after the last change of the models, "
+                "then capture."
             )
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():

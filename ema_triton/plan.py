@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ema_triton import shards
 from ema_triton.buckets import ALIGNMENT, CHUNK, Bucket, Key
-from ema_triton.companions import Companions, lies_at
 from ema_triton.groups import Groups
 from ema_triton.models import Shell
 from ema_triton.pairs import (
@@ -47,6 +46,23 @@ class Memory(NamedTuple):
     nonfinite: int = 0
 
 
+class Exact(NamedTuple):
+    """An exact EMA tensor, and what it has beside it.
+
+    Weight and companion lie in a bucket, with the EMA tensor's shape and strides. A weight may be
+    written without its companion: `join` makes of the two a value that rounds to what was written.
+    """
+
+    pair: Pair
+    weight: Tensor
+    companion: Tensor
+
+    def is_in_place(self) -> bool:
+        """Whether the EMA model still has this weight, and no other tensor."""
+        now = self.pair.ema_slots[0].read()
+        return isinstance(now, Tensor) and _lies_at(as_real(now), self.weight)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Everything an update does: average the buckets, make the copies.
@@ -60,20 +76,19 @@ class Plan:
     kept: list[Pair]
     averaged: list[Pair]
     ema_tensors: list[Tensor]
-    companions: Companions
+    exact: list[Exact]
     seed: int
     drawn: Tensor | int
     nonfinite: int
     watch: Watch
 
     def is_stale(self) -> bool:
-        """Whether a tensor moved, or an exact EMA was written by somebody else."""
-        return self.watch.is_stale() or self.companions.are_stale()
+        """Whether a tensor moved."""
+        return self.watch.is_stale()
 
     def wrote(self) -> None:
         """Tell autograd of a write to the EMA tensors, as from any in-place operation."""
         torch.autograd.graph.increment_version(self.ema_tensors)
-        self.companions.writes += 1
 
     @property
     def updates(self) -> int:
@@ -82,9 +97,24 @@ class Plan:
 
     def memory(self) -> Memory:
         """What another plan for the same weights needs to go on from there."""
-        exact = self.companions.current()
-        values = {pair.name: join(weight, companion) for pair, weight, companion in exact}
+        values = {pair.name: join(weight, companion) for pair, weight, companion in self.exact}
         return Memory(values, self.seed, self.updates, self.nonfinite_count())
+
+    def exact_in(self, state: Mapping[str, Any]) -> dict[str, Exact]:
+        """Which of a module's state, by clean name, are exact, whatever it calls them."""
+        by_address = {
+            exact.weight.data_ptr(): exact for exact in self.exact if exact.weight.numel()
+        }
+        by_name = {name: exact for exact in self.exact for name in exact.pair.names}
+        found = {}
+        for name, value in state.items():
+            # A hook may have copied the tensor, or changed the name.
+            value = shards.local(value)
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                exact = by_address.get(value.data_ptr()) or by_name.get(name)
+                if exact is not None and value.shape == exact.pair.ema.shape:
+                    found[name] = exact
+        return found
 
     def counts(self) -> list[Tensor]:
         """How many non-finite values each bucket was spared, on its device."""
@@ -156,7 +186,7 @@ def make_plan(
     for pair in averaged:
         check_averaged(pair)
 
-    beside: list[tuple[Pair, Tensor, Tensor]] = []
+    exact: list[Exact] = []
     by_key: dict[tuple[Key, str | None], list[Pair]] = {}
     # Small tensors first and side by side: the reference path gathers them.
     for pair in sorted(averaged, key=lambda pair: pair.online.numel()):
@@ -168,7 +198,7 @@ def make_plan(
             by_key.setdefault((key, pair.name if anchored else None), []).append(pair)
         elif sharded and key.precision == "exact":  # other ranks have a part of it, and beside it
             weight = as_real(pair.ema)
-            beside.append((pair, weight, weight.to(COMPANION_DTYPE[key.ema_dtype])))
+            exact.append(Exact(pair, weight, weight.to(COMPANION_DTYPE[key.ema_dtype])))
     past = _Past.of(previous, memory)
     kept = buffers if handle_buffers == "ema_train" else []
     # EMA tensors, and what their data becomes. Those in buckets keep all their digits until they
@@ -180,7 +210,7 @@ def make_plan(
             moved = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
             moves.append((pair.ema, moved))
     buckets = [
-        _lay_flat(key, pairs, number, guarded, anchored is not None, past, moves, beside)
+        _lay_flat(key, pairs, number, guarded, anchored is not None, past, moves, exact)
         for number, ((key, anchored), pairs) in enumerate(by_key.items())
     ]
     # From here on tensors change, and nothing fails.
@@ -189,15 +219,14 @@ def make_plan(
     for pair in averaged + copied + kept:
         for slot in pair.ema_slots:
             slot.write(pair.ema)
-    ema_tensors = [pair.ema for pair in averaged]
     draws = [bucket.draws[1] for bucket in buckets if bucket.draws is not None]
     return Plan(
         buckets=buckets,
         copies=Copies.of(copied),
         kept=kept,
         averaged=averaged,
-        ema_tensors=ema_tensors,
-        companions=Companions.of(beside, ema_tensors),
+        ema_tensors=[pair.ema for pair in averaged],
+        exact=exact,
         seed=past.seed,
         drawn=draws[0] if draws else past.drawn,
         nonfinite=past.nonfinite,
@@ -248,7 +277,7 @@ class _Past(NamedTuple):
             return cls(previous.buckets if previous else [], {}, *(memory or Memory({}, 0, 0)))
         exact = {
             slot.place: (weight, companion)
-            for pair, weight, companion in previous.companions.unwritten()
+            for pair, weight, companion in previous.exact
             for slot in pair.ema_slots
         }
         counted = previous.nonfinite_count()
@@ -276,12 +305,12 @@ def _lay_flat(
     anchored: bool,
     past: _Past,
     moves: list[tuple[Tensor, Tensor]],
-    beside: list[tuple[Pair, Tensor, Tensor]],
+    exact: list[Exact],
 ) -> Bucket:
     """Lay the EMA tensors of one bucket flat in one buffer, with the online tensors' strides.
 
     What their data becomes is appended to `moves`; the exact ones are, with weight and companion,
-    to `beside`. One that is `anchored`, alone in its bucket, is the buffer itself.
+    to `exact`. One that is `anchored`, alone in its bucket, is the buffer itself.
     """
     align = ALIGNMENT // key.ema_dtype.itemsize
     sources = [as_real(pair.online) for pair in pairs]
@@ -306,7 +335,7 @@ def _lay_flat(
             (bucket.key.ema_dtype, bucket.key.device) == (key.ema_dtype, key.device)
             and bucket.flat.numel() == total
             and bucket.flat.data_ptr() == pairs[0].ema.data_ptr()
-            and all(map(lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
+            and all(map(_lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
         ):
             kept = bucket
     if kept is not None:
@@ -324,7 +353,7 @@ def _lay_flat(
         for pair, weight, rest in zip(pairs, weights, views_of(companion), strict=True):
             if kept is None or pair.ema_slots[0].place not in past.exact:
                 split(past.value(pair).to(key.device), weight, rest)
-            beside.append((pair, weight, rest))
+            exact.append(Exact(pair, weight, rest))
     elif kept is None:
         for pair, weight in zip(pairs, weights, strict=True):
             weight.copy_(as_real(pair.ema))
@@ -345,6 +374,11 @@ def _lay_flat(
         chunks = sum(-(-source.numel() // CHUNK) for source in sources)
         counters = torch.zeros(chunks, dtype=torch.int64, device=key.device)
     return Bucket(key, names, flat, companion, draws, counters, offsets, targets, sources)
+
+
+def _lies_at(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both are the same elements of memory, if of one shape and dtype."""
+    return (tensor.data_ptr(), tensor.stride()) == (other.data_ptr(), other.stride())
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

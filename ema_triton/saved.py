@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ema_triton import shards
 from ema_triton.pairs import REAL_DTYPE, clean_name, listed
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
@@ -111,19 +110,6 @@ class Saved(NamedTuple):
         return cls(
             weights, companions, precision, **counts, update_index=update_index, schedule=schedule
         )
-
-    def apart_from(self, tensors: Iterable[Tensor]) -> Saved:
-        """The same with companions that share no memory with these, which will be written."""
-        memory = set(map(_storage, tensors))
-        companions = {
-            name: value.clone()
-            if isinstance(value, Tensor)
-            and value.layout == torch.strided
-            and _storage(shards.local(value)) in memory
-            else value
-            for name, value in self.companions.items()
-        }
-        return self._replace(companions=companions)
 
     def check_fit(self, own: Mapping[str, Any]) -> None:
         """Compare with the EMA model's own state, by clean name.

@@ -108,10 +108,6 @@ class Swap:
         self._restore()
         self._tell()
         touched = [p for p in self._pairs if {id(p.online), id(p.ema)} & written]
-        # An exact EMA goes on from what was written.
-        torch.autograd.graph.increment_version(
-            [pair.ema for pair in self._moved if id(pair.online) in written]
-        )
         if touched or any(replaced):
             what = [pair.name for pair in touched] or ["a tensor"]
             warnings.warn(

@@ -243,14 +243,33 @@ def test_replicas_of_a_shard_round_alike(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
-def test_one_process_without_a_group_saves_and_loads_too(tmp_path) -> None:
-    model = plain_bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_process_without_a_group_resumes_bit_by_bit(dtype, tmp_path) -> None:
+    """Weights and residuals are read in place, before `load_state_dict` is called with them."""
+    model = Net(dtype)
     handler = EMAHandler(model, momentum=0.3)
-    change(model, 0)
-    handler.ema.update(0.3)
+
+    def train(*steps):
+        for step in steps:
+            change(model, step)
+            handler.ema.update(0.3)
+
+    train(0, 1)
     state = handler.state_dict(clone=True)
+    online = {name: value.clone() for name, value in model.state_dict().items()}
     dcp.save({"ema": handler}, checkpoint_id=tmp_path)
-    change(model, 1)
-    handler.ema.update(0.3)  # what it loads into has other digits
-    dcp.load({"ema": handler}, checkpoint_id=tmp_path)
+    train(2, 3)
+    uncut = handler.state_dict(clone=True)
+    dcp.load({"ema": handler}, checkpoint_id=tmp_path)  # into other weights and residuals
     assert_same(handler.state_dict(), state)
+    model.load_state_dict(online)
+    train(2, 3)
+    assert_same(handler.state_dict(), uncut)
+    # Without the residuals it ends elsewhere.
+    model.load_state_dict(online)
+    with pytest.warns(UserWarning, match="what was rounded off"):
+        handler.ema.load_state_dict(state["weights"])
+    train(2, 3)
+    assert not torch.equal(
+        handler.state_dict()["companions"]["first.weight"], uncut["companions"]["first.weight"]
+    )

@@ -172,7 +172,7 @@ def test_an_optimizers_step_inside_is_warned_of_and_goes_into_the_ema() -> None:
         written = inside()
     assert same(contents(ema.model), online)
     assert torch.equal(ema.ema_model.conv.weight, written)
-    # An exact EMA goes on from what was written.
+    # The EMA goes on from a value that rounds to what was written.
     ema.update(0.0)
     assert torch.equal(ema.ema_model.conv.weight, written)
 

@@ -38,7 +38,7 @@ def test_a_swap_exchanges_values_in_place_and_back(dtype: torch.dtype, precision
     assert after == addresses
     plan = ema._plan
     ema.update(0.5)
-    assert ema._plan is plan  # nothing looks as if somebody else had written it
+    assert ema._plan is plan  # no tensor moved
 
 
 def test_a_swap_is_one_kernel_per_dtype_and_takes_no_memory() -> None:

@@ -105,7 +105,7 @@ def test_imports_go_down_the_floors() -> None:
             "files",
         },
         {"pairs", "places"},
-        {"arguments", "companions", "models", "ranks", "rivals", "saved", "watch"},
+        {"arguments", "models", "ranks", "rivals", "saved", "watch"},
         {"plan"},
         {"reference", "launch", "swap", "nonfinite", "distance", "loading"},
         {"backend"},
