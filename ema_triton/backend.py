@@ -21,12 +21,11 @@ class Backend(NamedTuple):
     reason: str
     update: Callable[[Plan, float | Tensor], None]
     exchange: Callable[[Bucket], None]
-    squares: Callable[[Bucket], Tensor]
 
     @classmethod
     def foreach(cls, reason: str) -> Backend:
         """The reference path."""
-        return cls("foreach", reason, reference.update, reference.exchange, reference.squares)
+        return cls("foreach", reason, reference.update, reference.exchange)
 
 
 def choose(requested: str, plan: Plan) -> Backend:
@@ -56,7 +55,7 @@ def choose(requested: str, plan: Plan) -> Backend:
         asked = requested == "triton"
         why = "backend='triton' was asked for" if asked else "Triton drives the device"
         reason = "; ".join([why, *_exceptions(plan)])
-        return Backend("triton", reason, launch.update, launch.exchange, launch.squares)
+        return Backend("triton", reason, launch.update, launch.exchange)
     if requested == "triton":
         raise RuntimeError(
             f"backend='triton' cannot run here: {obstacle}. Use backend='auto' to let the library "

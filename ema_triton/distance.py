@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from bisect import bisect
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema_triton import shards
+from ema_triton import reference, shards
 from ema_triton.buckets import Bucket
 from ema_triton.pairs import Pair
 from ema_triton.plan import Plan
+from ema_triton.precision import join
 
 
 class Distance(NamedTuple):
@@ -29,23 +31,26 @@ class Distance(NamedTuple):
     modules: dict[str, Distance]
 
 
-# What a tensor has on a rank where no part of it lies.
-_NOTHING = torch.zeros((1, 2), dtype=torch.float64, device="cpu")
-
-
-def measure(pairs: list[Pair], plan: Plan, squares: Callable[[Bucket], Tensor]) -> Distance:
-    """Measure all of the plan; waits for the device once.
+def measure(pairs: list[Pair], plan: Plan) -> Distance:
+    """Measure all of the plan; waits for each device once.
 
     Args:
         pairs: Those that are averaged. Of sharded ones the ranks' parts are added up: all ranks
             have to call this.
         plan: A plan that is not stale.
-        squares: The backend's sums of squares of a bucket's tensors, fp64 [tensors, 2].
     """
-    averaged = [bucket for bucket in plan.buckets if bucket.key.scale is not None]
-    names = [name for bucket in averaged for name in bucket.names]
-    found = [squares(bucket) for bucket in averaged]
-    parts = dict(zip(names, torch.cat([_NOTHING[:0], *(f.cpu() for f in found)]), strict=True))
+    by_device: dict[torch.device, list[Bucket]] = {}
+    for bucket in plan.buckets:
+        if bucket.key.scale is not None:
+            by_device.setdefault(bucket.key.device, []).append(bucket)
+    # Of this rank's parts, where there are any.
+    squares = {pair.name: [0.0, 0.0] for pair in pairs}
+    for buckets in by_device.values():
+        parts, *norms = zip(*(row for bucket in buckets for row in _norms(bucket)), strict=True)
+        on_host = torch.stack([*norms[0], *norms[1]]).view(2, -1).tolist()
+        for name, apart, size in zip(parts, *on_host, strict=True):
+            squares[name][0] += apart * apart
+            squares[name][1] += size * size
     by_layout: dict[Hashable, list[Pair]] = {}
     for pair in pairs:
         whole = pair.online_slots[0].whole()
@@ -54,7 +59,9 @@ def measure(pairs: list[Pair], plan: Plan, squares: Callable[[Bucket], Tensor]) 
     rows: dict[str, list[float]] = {}
     for alike in by_layout.values():
         whole = alike[0].online_slots[0].whole()
-        of_parts = torch.stack([parts.get(pair.name, _NOTHING[0]) for pair in alike])
+        of_parts = torch.tensor(
+            [squares[pair.name] for pair in alike], dtype=torch.float64, device="cpu"
+        )
         names = [pair.name for pair in alike]
         rows |= zip(names, shards.added_up(of_parts, whole).tolist(), strict=True)
     modules: dict[str, list[list[float]]] = {}
@@ -65,6 +72,26 @@ def measure(pairs: list[Pair], plan: Plan, squares: Callable[[Bucket], Tensor]) 
         *_roots([*rows.values()]),
         {name: Distance(*_roots(found), {}) for name, found in modules.items()},
     )
+
+
+def _norms(bucket: Bucket) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """A tensor's name, ‖ema - online‖₂ and ‖online‖₂ in fp64, on its device.
+
+    A tensor larger than the scratch comes in several parts, each with its norms.
+    """
+    size = min(reference.SCRATCH, bucket.flat.numel())
+    scratch = bucket.flat.new_empty(size, dtype=torch.float64)
+    for stretch in reference.stretches(bucket):
+        begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()
+        ema, online = bucket.flat[begin:end], scratch[: end - begin]
+        if bucket.companion is not None:
+            ema = join(ema, bucket.companion[begin:end])
+        places = [online[o - begin : o - begin + p.numel()].view(p.shape) for o, p in stretch]
+        torch._foreach_copy_(places, [part for _, part in stretch])
+        norms = torch._foreach_norm(places)
+        online.sub_(ema)
+        names = [bucket.names[bisect(bucket.offsets, offset) - 1] for offset, _ in stretch]
+        yield from zip(names, torch._foreach_norm(places), norms, strict=True)
 
 
 def _roots(rows: list[list[float]]) -> tuple[float, float]:

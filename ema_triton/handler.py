@@ -33,7 +33,6 @@ except ImportError as error:
         "ema_triton.ModelEMA."
     ) from error
 
-from ema_triton.distance import Distance
 from ema_triton.model_ema import ModelEMA
 from ema_triton.saved import Saved
 from ema_triton.schedules import (
@@ -62,7 +61,6 @@ class _Attachment:
     handles: list[RemovableEventHandle] = field(default_factory=list)  # empty once detached
     name: str | None = None  # of the momentum in engine.state; None where runs are swapped
     written: float | None = None  # the momentum that was last written there
-    distances: dict[str, int] = field(default_factory=dict)
     swap_out: Callable[[], None] | None = None
 
 
@@ -333,7 +331,6 @@ class EMAHandler:
             for handle in attachment.handles:
                 handle.remove()
             attachment.handles.clear()
-            attachment.distances.clear()
             # An engine that finds this key, even without listeners, does not raise exceptions.
             if engine is not None and not engine._event_handlers.get(Events.EXCEPTION_RAISED, True):
                 del engine._event_handlers[Events.EXCEPTION_RAISED]
@@ -391,37 +388,6 @@ class EMAHandler:
             listeners = evaluator._event_handlers[event]
             listeners.insert(0, listeners.pop())
         self._keep(_Attachment(weakref.ref(evaluator), handles, swap_out=end))
-
-    def attach_distance(self, engine: Engine, every: int = 100, name: str = "ema_distance") -> None:
-        """Show in `engine.state` how far the EMA is from the online model.
-
-        Args:
-            engine: The trainer, attached already.
-            every: Updates from one measurement to the next, each of which waits for the device.
-            name: The attribute of `engine.state`, a dict of floats: "distance", "norm", and
-                "modules" with the same by top-level module; see `ModelEMA.distance`.
-
-        Raises:
-            RuntimeError: The handler is not attached to this engine.
-            ValueError: `every` is below 1, or the engine keeps something else by this name.
-        """
-        attachment = self._attachment_of(engine)
-        if attachment is None or attachment.name is None or not attachment.handles:
-            raise RuntimeError(
-                "This EMAHandler is not attached to this engine, so there are no updates to "
-                "measure after. Call attach(engine) first."
-            )
-        if type(every) is not int or every < 1:
-            raise ValueError(
-                f"every must be a number of updates, but got {every!r}. The distance is measured "
-                "after each so many of them: give an int from 1 on."
-            )
-        if name not in attachment.distances and hasattr(engine.state, name):
-            raise ValueError(
-                f"Something else is kept in engine.state.{name}, which the distance would "
-                "overwrite. Choose another name."
-            )
-        attachment.distances[name] = every
 
     def sync(self) -> None:
         """Copy the online model into the EMA model, e.g. after loading weights into it."""
@@ -481,10 +447,6 @@ class EMAHandler:
             name: The attribute of `engine.state` that has the momentum of this update.
         """
         self.ema.update(getattr(engine.state, name))
-        attachment = self._attachment_of(engine)
-        for attribute, every in attachment.distances.items() if attachment else ():
-            if self.update_index % every == 0:
-                setattr(engine.state, attribute, _as_dict(self.ema.distance()))
 
     def _count_event(self, engine: Engine, name: str) -> None:  # noqa: ARG002
         """Count an event whose override did not call `ema.update`, as Ignite's warm-up does."""
@@ -550,15 +512,6 @@ def _saved_by_handler(state: object) -> Saved:
             "handler.ema.load_weights(weights)."
         )
     return Saved.of(state)
-
-
-def _as_dict(distance: Distance) -> dict[str, Any]:
-    """For loggers, which name the entries of dicts and number those of tuples."""
-    norms = {"distance": distance.distance, "norm": distance.norm}
-    if not distance.modules:
-        return norms
-    modules = {name: _as_dict(of_module) for name, of_module in distance.modules.items()}
-    return {**norms, "modules": modules}
 
 
 def _schedule_from_arguments(

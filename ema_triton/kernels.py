@@ -1,6 +1,6 @@
 """The device code: Triton kernels that take every tensor of a bucket in one launch.
 
-`ema_update` averages, `exchange` swaps the two models' values, `squares` measures their distance.
+`ema_update` averages, `exchange` swaps the two models' values.
 A program takes one row of the chunk table: where the chunk's online elements start (an address),
 where its EMA elements start (an offset in the flat bucket), and how many there are.
 
@@ -334,51 +334,3 @@ def exchange_at(ema_ptrs, online_ptrs, mask):
     online = tl.load(online_ptrs, mask=mask)
     tl.store(ema_ptrs, online, mask=mask)
     tl.store(online_ptrs, ema, mask=mask)
-
-
-@triton.jit
-def squares(table_ptr, ema_ptr, companion_ptr, sums_ptr, ONLINE: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's chunk's sums of (ema - online)**2 and of online**2, to fp64 sums_ptr [rows, 2].
-
-    In fp64, where no fp32's square overflows and no sum forgets the small ones; a chunk's sums
-    depend on nothing but its elements.
-    """
-    address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
-    ema = tl.multiple_of(ema_ptr + offset, 16)
-    companion = companion_ptr
-    if companion_ptr is not None:
-        companion = tl.multiple_of(companion_ptr + offset, 16)
-    apart = tl.zeros((BLOCK,), tl.float64)
-    size = tl.zeros((BLOCK,), tl.float64)
-    if aligned:
-        online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
-        bound = (length // 8) * 8
-        for start in range(0, bound, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            beside = None if companion is None else companion + index
-            difference, value = differences(ema + index, online + index, beside, index < bound)
-            apart += difference * difference
-            size += value * value
-    else:
-        online = address.to(tl.pointer_type(ONLINE))
-        for start in range(0, length, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            beside = None if companion is None else companion + index
-            difference, value = differences(ema + index, online + index, beside, index < length)
-            apart += difference * difference
-            size += value * value
-    sums = sums_ptr + tl.program_id(0).to(tl.int64) * 2
-    tl.store(sums, tl.sum(apart))
-    tl.store(sums + 1, tl.sum(size))
-
-
-@triton.jit
-def differences(ema_ptrs, online_ptrs, companion_ptrs, mask):
-    """ema - online, and online, in fp64; 0 where masked."""
-    ema = tl.load(ema_ptrs, mask=mask, other=0)
-    online = widen(tl.load(online_ptrs, mask=mask, other=0), tl.float64)
-    if companion_ptrs is None:
-        value = widen(ema, tl.float64)
-    else:
-        value = join(ema, tl.load(companion_ptrs, mask=mask, other=0)).to(tl.float64)
-    return value - online, online

@@ -1,4 +1,4 @@
-"""Updates, exchanges and distances through the Triton kernels: one launch per bucket."""
+"""Updates and exchanges through the Triton kernels: one launch per bucket."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ EXACT_BLOCK = 1024
 WARPS = 4
 # A swap has both sides in flight until it stores them crosswise: 32 to 40 registers.
 EXCHANGE_BLOCK = {2: 2048, 4: 1024, 8: 512}
-# Of `squares`, which keeps two fp64 sums per element handled at a time.
-SQUARES_BLOCK = 1024
 
 # Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
 INTERPRETED = not isinstance(ema_update, triton.runtime.JITFunction)
@@ -62,25 +60,6 @@ def exchange(bucket: Bucket) -> None:
             BLOCK=EXCHANGE_BLOCK[bucket.key.ema_dtype.itemsize],
             num_warps=WARPS,
         )
-
-
-def squares(bucket: Bucket) -> Tensor:
-    """The sums of (ema - online)**2 and of online**2 of each tensor, fp64 [tensors, 2]."""
-    if obstacle(bucket) is not None:
-        return reference.squares(bucket)
-    table = bucket.chunk_table
-    sums = table.new_empty((len(table), 2), dtype=torch.float64)
-    with _current(bucket.key.device):
-        kernels.squares[(len(table),)](
-            table,
-            bucket.flat,
-            bucket.companion,
-            sums,
-            ONLINE=_online(bucket),
-            BLOCK=SQUARES_BLOCK,
-            num_warps=WARPS,
-        )
-    return torch.segment_reduce(sums, "sum", lengths=bucket.chunks().to(table.device))
 
 
 def prepare(plan: Plan) -> None:

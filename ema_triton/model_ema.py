@@ -359,8 +359,9 @@ class ModelEMA:
 
         .. math:: \|\theta_{EMA} - \theta\|_2 \text{ and } \|\theta\|_2
 
-        over the averaged tensors, in fp64, of the values that an exact EMA accumulates. One pass;
-        waits for the device, and of a sharded model for the other ranks, which have to call it too.
+        over the averaged tensors, in fp64, of the values that an exact EMA accumulates, in
+        memory that does not grow with the model. Waits for the device, and of a sharded model for
+        the other ranks, which have to call it too.
 
         Raises:
             ValueError: A tensor changed its shape or vanished.
@@ -380,7 +381,7 @@ class ModelEMA:
             averaged = [
                 pair for pair in plan.averaged if self._groups.scale(pair.names) is not None
             ]
-            return distance.measure(averaged, plan, self._chosen.squares)
+            return distance.measure(averaged, plan)
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
         """The EMA's state by clean name, for `torch.save` or `torch.distributed.checkpoint`.

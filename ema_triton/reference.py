@@ -102,22 +102,6 @@ def exchange(bucket: Bucket) -> None:
             theirs.copy_(aside)
 
 
-def squares(bucket: Bucket) -> Tensor:
-    """The sums of (ema - online)**2 and of online**2 of each tensor, fp64 [tensors, 2]."""
-    sums = []
-    for offset, source in zip(bucket.offsets, bucket.sources, strict=True):
-        total = torch.zeros(2, dtype=torch.float64, device=bucket.key.device)
-        for begin, part in _halved(offset, source):
-            value = bucket.flat[begin : begin + part.numel()]
-            if bucket.companion is not None:
-                value = join(value, bucket.companion[begin : begin + part.numel()])
-            online = part.double()
-            apart = value.double().view(online.shape) - online
-            total += torch.stack([apart.square().sum(), online.square().sum()])
-        sums.append(total)
-    return torch.stack(sums)
-
-
 class _Direct(NamedTuple):
     """Operands of one dtype: where they lie, or gathered, (parts, where to), if they are small."""
 
@@ -249,7 +233,7 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
         ema = bucket.flat.new_zeros(size if aside else 0, dtype=compute)
 
     steps = []
-    for stretch in _stretches(bucket):
+    for stretch in stretches(bucket):
         begin = stretch[0][0]
         end = stretch[-1][0] + stretch[-1][1].numel()
         weight = bucket.flat[begin:end]
@@ -271,7 +255,7 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
     return steps
 
 
-def _stretches(bucket: Bucket) -> Iterator[list[tuple[int, Tensor]]]:
+def stretches(bucket: Bucket) -> Iterator[list[tuple[int, Tensor]]]:
     """The sources, each with its offset, by as many as the scratch holds."""
     stretch: list[tuple[int, Tensor]] = []
     for whole in zip(bucket.offsets, bucket.sources, strict=True):

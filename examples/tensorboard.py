@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--iterations", type=int, default=2000, help="of training")
-    parser.add_argument("--every", type=int, default=20, help="updates between two points")
+    parser.add_argument("--every", type=int, default=20, help="iterations between two points")
     parser.add_argument("--output", type=Path, default=Path("tensorboard_run"), help="log folder")
     return parser.parse_args()
 
@@ -47,7 +47,10 @@ def main() -> None:
     trainer = Engine(step)
     handler = EMAHandler(model, momentum=0.005, momentum_warmup=0.2, warmup_iters=500)
     handler.attach(trainer)
-    handler.attach_distance(trainer, every=args.every)
+
+    @trainer.on(Events.ITERATION_COMPLETED(every=args.every))
+    def show_distance(engine: Engine) -> None:
+        engine.state.ema_distance = handler.ema.distance()._asdict()
 
     with TensorboardLogger(log_dir=args.output) as logger:
         logger.attach(
@@ -55,7 +58,8 @@ def main() -> None:
             OutputHandler(
                 tag="training",
                 output_transform=lambda loss: {"loss": loss},
-                # A number, and a dict: training/ema_distance/distance, .../norm, .../modules/0/...
+                # A number, and a dict: training/ema_distance/distance, .../norm, and by name of a
+                # module, .../modules/NAME/0 (its distance) and .../modules/NAME/1 (its norm).
                 state_attributes=["ema_momentum", "ema_distance"],
                 global_step_transform=global_step_from_engine(trainer, Events.ITERATION_COMPLETED),
             ),

@@ -45,7 +45,7 @@ def small(device: str) -> None:
 def reach(
     ema_dtype: torch.dtype, online_dtype: torch.dtype, precision: str, nonfinite: str, device: str
 ) -> None:
-    """Updates, a swap, a distance."""
+    """Updates, a swap."""
     ema = ModelEMA(
         model_of(online_dtype, device),
         backend="triton",
@@ -57,7 +57,6 @@ def reach(
         ema.update(momentum)
     with ema.swapped():
         pass
-    assert ema.distance().distance >= 0
 
 
 def huge(device: str) -> None:

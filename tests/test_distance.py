@@ -1,10 +1,9 @@
-"""How far the EMA says it is from the online model: against exact sums, and in `engine.state`."""
+"""How far the EMA says it is from the online model: against exact sums."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import pytest
@@ -12,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ema_triton import EMAHandler, ModelEMA
+from ema_triton import ModelEMA, reference
 from ema_triton.distance import Distance
 from tests.strategies import REFERENCE_DTYPES, Layout, layouts
 
-pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("foreach", "triton")
 EPS = 2.0**-53
 
 
@@ -79,28 +78,23 @@ SHAPES = st.lists(st.tuples(layouts(), st.sampled_from(REFERENCE_DTYPES)), min_s
 
 @settings(max_examples=40)
 @given(SHAPES, st.sampled_from(["exact", "nearest"]), st.integers(0, 2**20))
-def test_both_backends_measure_what_exact_sums_do(
+def test_it_is_what_exact_sums_are(
     cases: list[tuple[Layout, tuple[torch.dtype, torch.dtype]]], precision: str, seed: int
 ) -> None:
-    found = []
-    for backend in BACKENDS:
-        online = [x.tensor(kinds[1], DEVICE, seed + i, None) for i, (x, kinds) in enumerate(cases)]
-        mine = [x.tensor(kinds[0], DEVICE, seed - i, None) for i, (x, kinds) in enumerate(cases, 1)]
-        ema = ModelEMA(
-            parameters(online), ema_model=parameters(mine), precision=precision, backend=backend
-        )
-        ema.update(0.25)
-        assert_distance(ema.distance(), pairs_of(ema))
-        found.append(ema.distance())
-    elements = sum(tensor.numel() for tensor in online)
-    # Their EMAs have rounded alike, since the momentum's products are exact.
-    assert found[0].distance == pytest.approx(found[1].distance, rel=2 * bound(elements), abs=0)
-    assert found[0].modules.keys() == found[1].modules.keys()
+    online = [x.tensor(kinds[1], DEVICE, seed + i, None) for i, (x, kinds) in enumerate(cases)]
+    mine = [x.tensor(kinds[0], DEVICE, seed - i, None) for i, (x, kinds) in enumerate(cases, 1)]
+    ema = ModelEMA(parameters(online), ema_model=parameters(mine), precision=precision)
+    ema.update(0.25)
+    for size in (reference.SCRATCH, 7):  # at once, and in many parts
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "SCRATCH", size)
+            found = ema.distance()
+        assert_distance(found, pairs_of(ema))
+        assert found.modules.keys() == ({""} if any(map(Tensor.numel, online)) else set())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("ema_dtype", "online_dtype"), REFERENCE_DTYPES)
-def test_every_dtype_pair(ema_dtype: torch.dtype, online_dtype: torch.dtype, backend: str) -> None:
+def test_every_dtype_pair(ema_dtype: torch.dtype, online_dtype: torch.dtype) -> None:
     """Chunks with and without a tail, one not aligned, one with gaps, one turned, a single one."""
     shapes = [
         Layout((8200,), (0,), 0, 0),
@@ -112,7 +106,7 @@ def test_every_dtype_pair(ema_dtype: torch.dtype, online_dtype: torch.dtype, bac
     ]
     online = parameters([x.tensor(online_dtype, DEVICE, 3 + i, None) for i, x in enumerate(shapes)])
     mine = parameters([x.tensor(ema_dtype, DEVICE, 50 + i, None) for i, x in enumerate(shapes)])
-    ema = ModelEMA(online, ema_model=mine, backend=backend)
+    ema = ModelEMA(online, ema_model=mine)
     ema.update(0.25)
     pairs = pairs_of(ema)
     assert_distance(ema.distance(), pairs)
@@ -124,11 +118,10 @@ def test_every_dtype_pair(ema_dtype: torch.dtype, online_dtype: torch.dtype, bac
         assert_distance(ema.distance(), [(one, other) for other, one in pairs_of(ema)])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_exact_ema_is_measured_by_what_it_accumulates(dtype: torch.dtype, backend: str) -> None:
+def test_an_exact_ema_is_measured_by_what_it_accumulates(dtype: torch.dtype) -> None:
     model = nn.ParameterList([torch.full((100,), 1.0, dtype=dtype)]).to(DEVICE)
-    emas = [ModelEMA(model, precision=kind, backend=backend) for kind in ("exact", "nearest")]
+    emas = [ModelEMA(model, precision=kind) for kind in ("exact", "nearest")]
     model[0].data.fill_(2.0)
     for ema in emas:
         # The momentum is far below half a spacing of 1: only the exact one moves.
@@ -138,35 +131,31 @@ def test_an_exact_ema_is_measured_by_what_it_accumulates(dtype: torch.dtype, bac
     assert [ema.distance().distance for ema in emas] == [10 * (1 - 2.0**-13), 10.0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e30, 1e-30, 1.0])
-def test_large_and_small_values_neither_overflow_nor_vanish(size: float, backend: str) -> None:
+def test_large_and_small_values_neither_overflow_nor_vanish(size: float) -> None:
     """Whose squares fp32 could not hold; beside large ones, 1000 small ones are not forgotten."""
     online = torch.full((1024,), 3 * size, device=DEVICE)
-    ema = ModelEMA(parameters([online]), ema_model=parameters([online * 2]), backend=backend)
+    ema = ModelEMA(parameters([online]), ema_model=parameters([online * 2]))
     assert_distance(ema.distance(), pairs_of(ema))
     assert ema.distance().distance == pytest.approx(3 * size * 32, rel=1e-6)
     mixed = torch.full((1025,), 1e-3, device=DEVICE)
     mixed[7] = 1e3
-    mixed = ModelEMA(parameters([mixed]), ema_model=parameters([mixed * 0]), backend=backend)
+    mixed = ModelEMA(parameters([mixed]), ema_model=parameters([mixed * 0]))
     assert mixed.distance().norm > 1e3  # in fp32 the sum would be that of the large one alone
     assert_distance(mixed.distance(), pairs_of(mixed))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in:RuntimeWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_norm_of_doubles_ends_in_pythons_words(backend: str) -> None:
+def test_no_norm_of_doubles_ends_in_pythons_words() -> None:
     """A square that float64 cannot hold is Inf; a sum of such as it holds is not."""
     for tensors in ([1.2e154, 1.2e154], [1e200]):
         online = [torch.tensor([x], dtype=torch.float64, device=DEVICE) for x in tensors]
-        assert ModelEMA(parameters(online), backend=backend).distance().norm > 1e154
+        assert ModelEMA(parameters(online)).distance().norm > 1e154
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_not_finite_shows(bad: float, backend: str) -> None:
+def test_what_is_not_finite_shows(bad: float) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(DEVICE)
-    ema = ModelEMA(model, nonfinite="skip", backend=backend)
+    ema = ModelEMA(model, nonfinite="skip")
     model[0].weight.data[0, 0] = bad
     found = ema.distance()
     assert not any(map(math.isfinite, (*found[:2], *found.modules["0"][:2])))
@@ -185,10 +174,9 @@ class Net(nn.Module):
             parameter.data.fill_(2.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_modules_are_those_at_the_top(backend: str) -> None:
+def test_modules_are_those_at_the_top() -> None:
     """Tensors of the model itself are under "", a tied one counts once, buffers not."""
-    ema = ModelEMA(Net().to(DEVICE), backend=backend)
+    ema = ModelEMA(Net().to(DEVICE))
     for parameter in ema.ema_model.parameters():
         parameter.data.add_(1.0)
     ema.ema_model.copied.zero_()
@@ -203,16 +191,15 @@ def test_modules_are_those_at_the_top(backend: str) -> None:
     assert all(value.modules == {} for value in found.modules.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_is_averaged_is_measured(backend: str) -> None:
-    ema = ModelEMA(Net().to(DEVICE), exclude=["body", "scale"], backend=backend)
+def test_only_what_is_averaged_is_measured() -> None:
+    ema = ModelEMA(Net().to(DEVICE), exclude=["body", "scale"])
     for parameter in ema.ema_model.parameters():
         parameter.data.add_(1.0)
     assert ema.distance()[:2] == (2.0, 4.0)
     assert [*ema.distance().modules] == [""]
     model = nn.Sequential(nn.BatchNorm1d(4, affine=False)).to(DEVICE)
     for handling, expected in (("update", 4.0), ("copy", 0.0), ("ema_train", 0.0)):
-        ema = ModelEMA(model, handle_buffers=handling, backend="foreach")
+        ema = ModelEMA(model, handle_buffers=handling)
         ema.ema_model[0].running_mean.fill_(2.0)
         assert ema.distance().distance == expected
 
@@ -222,11 +209,10 @@ def test_without_parameters_there_is_no_distance(model: nn.Module) -> None:
     assert ModelEMA(model).distance() == Distance(0.0, 0.0, {})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_it_measures_the_present_and_changes_nothing(backend: str) -> None:
+def test_it_measures_the_present_and_changes_nothing() -> None:
     model = nn.Linear(2, 2, bias=False, device=DEVICE)
     model.weight.data.fill_(1.0)
-    ema = ModelEMA(model, backend=backend)
+    ema = ModelEMA(model)
     assert ema.distance() == Distance(0.0, 2.0, {"": Distance(0.0, 2.0, {})})
     model.weight = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64, device=DEVICE))
     for _ in range(2):
@@ -246,99 +232,54 @@ def test_complex_numbers_have_their_absolute_value() -> None:
     assert ema.distance()[:2] == (5.0, 5.0)
 
 
-# --- In engine.state ----------------------------------------------------------------------------
+class Largest(TorchDispatchMode):
+    """Remembers how many bytes the largest memory has that an operation made."""
 
-ignite_engine = pytest.importorskip("ignite.engine")
-Engine, Events = ignite_engine.Engine, ignite_engine.Events
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
 
-
-@pytest.fixture
-def trained() -> Iterator[tuple[Engine, EMAHandler, list]]:
-    """Body and head move away by 1 an iteration, of which each update halves the EMA's way."""
-    model = nn.ModuleDict({"body": nn.Linear(1, 1, bias=False), "head": nn.Linear(4, 1)})
-    for parameter in model.parameters():
-        parameter.data.fill_(0.0)
-    handler, seen = EMAHandler(model, 0.5), []
-    engine = Engine(lambda engine, batch: [p.data.add_(1.0) for p in model.parameters()] and None)
-    handler.attach(engine, event=Events.ITERATION_COMPLETED(every=2))
-    engine.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: seen.append(getattr(engine.state, "ema_distance", None))
-    )
-    logging.disable(logging.ERROR)  # Ignite logs what a run raises
-    yield engine, handler, seen
-    logging.disable(logging.NOTSET)
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        given = set(map(address, tensors_in((args, kwargs))))
+        made = [tensor for tensor in tensors_in(result) if address(tensor) not in given]
+        self.bytes = max([self.bytes, *(tensor.untyped_storage().nbytes() for tensor in made)])
+        return result
 
 
-def test_it_is_shown_after_each_so_many_updates(trained: tuple) -> None:
-    engine, handler, seen = trained
-    handler.attach_distance(engine, every=3)
-    handler.attach_distance(engine, every=1, name="each")
-    engine.run(range(13))
-    # 2 iterations to an update: at the third, the sixth.
-    assert [value is not None for value in seen] == [False] * 5 + [True] * 8
-    assert all(value is seen[5] for value in seen[5:11])
-    assert seen[11] is not seen[5]
-    apart = 1.0  # of a parameter after the update: half of what it was, and of 2 more
-    for _ in range(5):
-        apart = (apart + 2) / 2
-    assert seen[11] == {
-        "distance": pytest.approx(apart * math.sqrt(6)),
-        "norm": pytest.approx(12 * math.sqrt(6)),
-        "modules": {
-            "body": {"distance": apart, "norm": 12.0},
-            "head": {
-                "distance": pytest.approx(apart * math.sqrt(5)),
-                "norm": pytest.approx(12 * math.sqrt(5)),
-            },
-        },
+def tensors_in(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def largest(call: Callable[[ModelEMA], object], online: list[Tensor], dtype: torch.dtype) -> int:
+    ema = ModelEMA(parameters(online), ema_dtype=dtype)
+    call(ema)  # with a plan
+    with Largest() as seen:
+        call(ema)
+    return seen.bytes
+
+
+@pytest.mark.parametrize(("ema_dtype", "online_dtype"), REFERENCE_DTYPES)
+def test_its_memory_is_bounded_by_a_chunk(
+    ema_dtype: torch.dtype, online_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1024 doubles; beside it, two results for each tensor, or part of one."""
+    monkeypatch.setattr(reference, "SCRATCH", 1024)
+    gaps = Layout((64, 64), (0, 1), 0, 1)
+    models = {
+        "small": [torch.ones(1024, dtype=online_dtype, device=DEVICE)],
+        "large": [torch.ones(64 * 1024, dtype=online_dtype, device=DEVICE)],
+        "strided": [gaps.tensor(online_dtype, DEVICE, 0, None)],
+        "many": [torch.ones(30, dtype=online_dtype, device=DEVICE) for _ in range(500)],
     }
-    assert engine.state.each == seen[11]
-    handler.detach()
-    engine.state.ema_distance = None
-    engine.run(range(13), max_epochs=2)
-    assert engine.state.ema_distance is None
-
-
-def test_loggers_name_its_entries(trained: tuple) -> None:
-    base_logger = pytest.importorskip("ignite.handlers.base_logger")
-
-    class Output(base_logger.BaseOutputHandler):
-        def __call__(self, engine: Engine, logger: object, event_name: object) -> None: ...
-
-    engine, handler, _ = trained
-    handler.attach_distance(engine, every=1)
-    engine.run(range(2))
-    output = Output("train", state_attributes=["ema_distance", "ema_momentum"])
-    found = output._setup_output_metrics_state_attrs(engine, key_tuple=False)
-    top = [f"train/ema_distance/{name}" for name in ("distance", "norm")]
-    below = [
-        f"train/ema_distance/modules/{module}/{name}"
-        for module in ("body", "head")
-        for name in ("distance", "norm")
-    ]
-    assert sorted(found) == sorted([*top, *below, "train/ema_momentum"])
-    assert all(type(value) is float for value in found.values())
-
-
-def test_wrong_uses_are_refused(trained: tuple) -> None:
-    engine, handler, _ = trained
-    with pytest.raises(RuntimeError, match="not attached to this engine"):
-        handler.attach_distance(Engine(lambda engine, batch: None))
-    for wrong in (0, -1, 1.0, True, None):
-        with pytest.raises(ValueError, match="every must be a number of updates"):
-            handler.attach_distance(engine, every=wrong)
-    for taken in ("iteration", "metrics", "ema_momentum"):
-        with pytest.raises(ValueError, match=f"engine.state.{taken}"):
-            handler.attach_distance(engine, name=taken)
-    engine.run(range(4))
-    assert not hasattr(engine.state, "ema_distance")
-
-
-def test_it_takes_no_name_that_something_else_has(trained: tuple) -> None:
-    engine, handler, _ = trained
-    other = EMAHandler(handler.model, 0.25)
-    other.attach(engine, name="other_momentum")
-    engine.state.mine = 1
-    for taken in ("other_momentum", "mine"):
-        with pytest.raises(ValueError, match=taken):
-            handler.attach_distance(engine, every=1, name=taken)
+    made = {name: largest(ModelEMA.distance, x, ema_dtype) for name, x in models.items()}
+    assert made == dict.fromkeys(models, 8 * 1024)
+    # The control: what copies the EMA is seen to grow with it.
+    grown = largest(lambda ema: ema.state_dict(clone=True), models["large"], ema_dtype)
+    assert grown >= 64 * 1024 * ema_dtype.itemsize > 8 * 1024

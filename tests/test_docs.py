@@ -37,7 +37,7 @@ def test_readme_examples(
     for variable, value in {**alone, "MASTER_PORT": "0"}.items():  # as torchrun would
         monkeypatch.setenv(variable, value)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict[str, object] = {}
     for block in blocks:
         exec(block.replace("/tmp/ema_triton", str(tmp_path / "run")), names)
@@ -49,6 +49,11 @@ def test_readme_examples(
     assert (tmp_path / "run_dcp" / ".metadata").exists()
     assert names["whole"]["update_index"] == 1
     assert names["handler"].update_index == 10
+    assert names["trainer"].has_event_handler(names["show_distance"])
+    names["show_distance"](names["trainer"])
+    shown = names["trainer"].state.ema_distance
+    assert shown == names["handler"].ema.distance()._asdict()
+    assert shown["distance"] > 0
 
 
 def test_readme_names_every_schedule_and_backend() -> None:

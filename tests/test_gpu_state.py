@@ -1,13 +1,15 @@
 """What only a GPU shows of swaps, the non-finite guard, distances and following an optimizer."""
 
+import copy
 import gc
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from bench.measure import launched
-from ema_triton import Constant, ModelEMA
+from ema_triton import Constant, ModelEMA, reference
 from tests.test_gpu import LOW, network, no_synchronisation, shake
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:momentum .* is below")]
@@ -141,12 +143,12 @@ def test_a_guarded_update_is_captured() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_both_backends_measure_the_same_distance(dtype: torch.dtype) -> None:
+def test_a_distance_is_what_a_cpu_measures(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = network().to(dtype).append(nn.Linear(7, 13, device="cuda", dtype=dtype))
     found = []
-    for backend in ("triton", "foreach"):
-        ema = ModelEMA(model, backend=backend)
+    for measured in (model, copy.deepcopy(model).cpu()):
+        ema = ModelEMA(measured)
         with torch.no_grad():
             for tensor in ema.ema_model.parameters():
                 tensor.mul_(2)
@@ -159,6 +161,24 @@ def test_both_backends_measure_the_same_distance(dtype: torch.dtype) -> None:
         assert one.distance == pytest.approx(other.distance, rel=bound)
         assert one.norm == pytest.approx(other.norm, rel=bound)
     assert ours.distance == pytest.approx(ours.norm, rel=bound)
+
+
+def test_a_distance_waits_once_and_takes_the_memory_of_a_chunk() -> None:
+    ema = ModelEMA(nn.Sequential(network(), network(2048, 4).bfloat16()))
+    bound = 64 * reference.SCRATCH  # doubles, and where an exact EMA is joined
+    assert sum(p.numel() * p.itemsize for p in ema.model.parameters()) > bound / 2
+    ema.distance()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        ema.distance()
+        torch.cuda.set_sync_debug_mode("default")
+    assert [str(w.message) for w in caught if "synchroniz" not in str(w.message)] == []
+    assert len(caught) == 1
+    assert torch.cuda.max_memory_allocated() - before <= bound
 
 
 def test_a_fused_optimizer_that_skips_its_step_is_no_step() -> None:

@@ -46,7 +46,8 @@ def test_momentum_and_distance_are_logged(tmp_path: Path) -> None:
     distance, norm = (found[f"training/ema_distance/{name}"] for name in ("distance", "norm"))
     assert [*distance] == [*norm] == steps
     assert all(0 < distance[step] < norm[step] for step in steps)
-    parts = [found[f"training/ema_distance/modules/{name}/distance"] for name in ("0", "2")]
-    for step in steps:  # squares add up; the log has fp32
-        assert sum(part[step] ** 2 for part in parts) == pytest.approx(distance[step] ** 2)
+    for index, whole in enumerate((distance, norm)):
+        parts = [found[f"training/ema_distance/modules/{name}/{index}"] for name in ("0", "2")]
+        for step in steps:  # squares add up; the log has fp32
+            assert sum(part[step] ** 2 for part in parts) == pytest.approx(whole[step] ** 2)
     assert f"{distance[100]:.3f} from weights of norm {norm[100]:.3f}" in done.stdout
