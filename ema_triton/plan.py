@@ -347,11 +347,12 @@ def _lay_flat(
     weights = views_of(flat)
     companion, draws = None, None
     if key.precision == "exact":
-        companion = kept.companion if kept else None
+        carried = kept.companion if kept else None
+        companion = carried
         if companion is None:
             companion = torch.zeros_like(flat, dtype=COMPANION_DTYPE[key.ema_dtype])
         for pair, weight, rest in zip(pairs, weights, views_of(companion), strict=True):
-            if kept is None or pair.ema_slots[0].place not in past.exact:
+            if carried is None or pair.name in past.values:
                 split(past.value(pair).to(key.device), weight, rest)
             exact.append(Exact(pair, weight, rest))
     elif kept is None:

@@ -119,6 +119,20 @@ def test_digits_outlive_a_move(move: str) -> None:
         assert_exact(duplicate, wide)
 
 
+def test_digits_outlive_a_new_module_around_their_tensors() -> None:
+    ema, wide = averaged(nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16)))
+    module = nn.Linear(4, 4, dtype=torch.bfloat16)
+    state, module.weight, module.bias = ema.state_dict(), *ema.ema_model.parameters()
+    ema.ema_model[0] = module
+    ema.load_state_dict(state)
+    train(ema.model, ema, wide)
+    assert_exact(ema, wide)
+    ema.ema_model[0] = copy.deepcopy(module)
+    ema.ema_model[0].weight, ema.ema_model[0].bias = module.weight, module.bias
+    train(ema.model, ema, wide)
+    assert_exact(ema, wide)
+
+
 def test_a_tensor_wrapped_anew_is_watched() -> None:
     """Its writes are seen by the EMA, and the EMA's by autograd."""
     model = nn.Linear(4, 4, dtype=torch.bfloat16)

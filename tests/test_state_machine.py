@@ -333,9 +333,8 @@ def test_the_machine_notices_digits_lost_in_a_new_plan(monkeypatch: pytest.Monke
         machine.replace_a_parameter()
     machine.equals_the_shadow()
     known = plan._Past.of
-    monkeypatch.setattr(
-        plan._Past, "of", lambda previous, memory: known(previous, memory)._replace(exact={})
-    )
+    forgotten = {"buckets": [], "exact": {}}
+    monkeypatch.setattr(plan._Past, "of", lambda *args: known(*args)._replace(**forgotten))
     for _ in range(5):
         machine.write_online_in_place()
         machine.update(0.001)
