@@ -13,6 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ema_triton.pairs import elements
+
 # What the metadata has beside the names of tied tensors.
 FORMAT, UPDATE_INDEX = "format", "update_index"
 
@@ -49,7 +51,7 @@ def write_weights(
         try:
             # One without elements shows whether its kind can be held.
             safetensors.torch.save({name: tensor.new_empty(0)})
-            first = written.setdefault(_view(tensor), name) if tensor.numel() else name
+            first = written.setdefault(elements(tensor), name) if tensor.numel() else name
             if first != name and name not in metadata:
                 metadata[name] = first
             else:
@@ -127,12 +129,6 @@ def _safetensors() -> Any:  # noqa: ANN401  # its stubs have no types
             "installed. Install it: pip install safetensors numpy."
         ) from error
     return safetensors
-
-
-def _view(tensor: Tensor) -> object:
-    """What is equal for tied tensors: the same elements of memory, seen in the same way."""
-    seen = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
-    return (tensor.device, tensor.data_ptr(), *seen)
 
 
 def _separate(tensors: dict[str, Tensor]) -> None:

@@ -34,7 +34,6 @@ except ImportError as error:
     ) from error
 
 from ema_triton.model_ema import ModelEMA
-from ema_triton.saved import Saved
 from ema_triton.schedules import (
     Constant,
     LinearWarmup,
@@ -410,18 +409,18 @@ class EMAHandler:
         """Load what `state_dict` returned, and go on from there, warm-up included.
 
         The saved schedule replaces the handler's; a warning says so where they differ. Assign
-        `handler.schedule` afterwards to change it on purpose.
+        `handler.schedule` afterwards to change it on purpose. A module's state dict, such as that
+        of an EMA model which Ignite's handler made, is loaded too, and has no schedule.
 
         Args:
             state_dict: The state.
             full_state_dict: Whether rank 0 alone has it, whole; see `ModelEMA.load_state_dict`.
 
         Raises:
-            ValueError: The state is not that of a handler, or does not fit the model. Nothing has
-                been loaded then.
+            ValueError: The state is of neither kind, or does not fit the model. Nothing has been
+                loaded then.
         """
-        for remark in self.ema._load_state(state_dict, _saved_by_handler, full_state_dict):
-            warnings.warn(remark, UserWarning, stacklevel=2)
+        self.ema.load_state_dict(state_dict, full_state_dict=full_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to no engine."""
@@ -500,18 +499,6 @@ def _check_engine(engine: object, argument: str, which: str) -> None:
         raise TypeError(
             f"{argument} must be an Ignite Engine, {which}, but got {type(engine).__name__}."
         )
-
-
-def _saved_by_handler(state: object) -> Saved:
-    keys = {"update_index", "schedule"}
-    if not isinstance(state, Mapping) or not keys <= state.keys():
-        got = list(state)[:5] if isinstance(state, Mapping) else type(state)
-        raise ValueError(
-            "The state must be what EMAHandler.state_dict() returned, with 'update_index' and "
-            f"'schedule', but got {got}. To load a module's state dict, use "
-            "handler.ema.load_weights(weights)."
-        )
-    return Saved.of(state)
 
 
 def _schedule_from_arguments(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ema_triton import files, ranks, shards
-from ema_triton.pairs import clean_name, listed
+from ema_triton.pairs import clean_name, listed, renamed
 from ema_triton.plan import Memory, Plan
 from ema_triton.rivals import weights_of
 from ema_triton.saved import Saved
@@ -41,14 +40,11 @@ def weights_from(
     return Saved(found.weights, {}, None, 0, 0, None, None), remarks
 
 
-def spread_from_first(
-    state: object, read: Callable[[object], Saved], ema_model: nn.Module
-) -> Saved:
+def spread_from_first(state: object, ema_model: nn.Module) -> Saved:
     """The parts of the whole state that rank 0 has, on every rank, all of which call this.
 
     Args:
         state: The state, on rank 0.
-        read: Takes it apart.
         ema_model: The EMA model.
 
     Raises:
@@ -57,14 +53,14 @@ def spread_from_first(
     own = {clean_name(name): value for name, value in ema_model.state_dict().items()}
 
     def checked() -> Saved:
-        found = read(state)
+        found = Saved.of(state)
         found.check_fit(own)
         return found._replace(
             weights=ranks.hollow(found.weights), companions=ranks.hollow(found.companions)
         )
 
     hollow = ranks.from_first(checked)
-    found = read(state) if ranks.is_first() else hollow
+    found = Saved.of(state) if ranks.is_first() else hollow
     return hollow._replace(
         weights=ranks.spread(hollow.weights, found.weights, own),
         companions=ranks.spread(hollow.companions, found.companions, own),
@@ -108,18 +104,19 @@ def fitted(
                 "a module's state dict does not tell from where stochastic rounding goes on, which "
                 f"keeps its seed {seed} and its count of {updates} updates"
             )
-    loaded: Any = OrderedDict(
-        (names[name], shards.like(value, own[name])) for name, value in weights.items()
+    loaded = renamed(
+        found.weights,
+        lambda name: names.get(name, name),
+        lambda name, _: shards.like(weights[name], own[name]),
     )
-    loaded._metadata = getattr(found.weights, "_metadata", None)
     return loaded, Memory(values, seed, updates, plan.nonfinite_count()), remarks
 
 
 def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
     """This rank's parts of what fits `own`, in the same order."""
-    parts: Any = OrderedDict(
-        (name, shards.part_of(value, own[name]) if isinstance(value, Tensor) else value)
-        for name, value in values.items()
+    return renamed(
+        values,
+        value=lambda name, value: (
+            shards.part_of(value, own[name]) if isinstance(value, Tensor) else value
+        ),
     )
-    parts._metadata = getattr(values, "_metadata", None)
-    return parts  # type: ignore[no-any-return]

@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +29,14 @@ from ema_triton.interrupts import Deferred, SwapContext
 from ema_triton.loading import fitted, spread_from_first, weights_from
 from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
 from ema_triton.nonfinite import Alarm, complaint
-from ema_triton.pairs import Slots, check_tensors, clean_name, has_fractions, own_copy
+from ema_triton.pairs import (
+    Slots,
+    check_tensors,
+    clean_name,
+    has_fractions,
+    own_copy,
+    renamed,
+)
 from ema_triton.plan import Memory, Plan, make_plan
 from ema_triton.precision import COMPANION_DTYPE
 from ema_triton.saved import VERSION, Saved
@@ -404,14 +410,10 @@ class ModelEMA:
             plan = self._known_plan()
             shards.reshard(self._ema_model)
             weights = self._ema_model.state_dict()
-            found = weights if self._swap is None else self._swap.outside(weights)
-            clean: Any = OrderedDict(
-                (clean_name(name), shards.like(shards.local(value), value))
-                for name, value in found.items()
+            found: Any = weights if self._swap is None else self._swap.outside(weights)
+            clean = renamed(
+                found, clean_name, lambda _, value: shards.like(shards.local(value), value)
             )
-            # The modules' versions, which nn.Module.load_state_dict looks for.
-            metadata = getattr(weights, "_metadata", {})
-            clean._metadata = {clean_name(name): value for name, value in metadata.items()}
             weights_by_name = {clean_name(name): value for name, value in weights.items()}
             companions = {
                 name: shards.like(exact.companion, weights_by_name[name])
@@ -461,8 +463,14 @@ class ModelEMA:
             Exception: Whatever a module's own hooks raise; what was loaded before that stays.
             RuntimeError: The models' weights are swapped.
         """
-        for remark in self._load_state(state, Saved.of, full_state_dict):
-            warnings.warn(remark, UserWarning, stacklevel=2)
+        what = "load_state_dict()"
+        if full_state_dict:
+            with self._lock, torch.no_grad():
+                self._refuse_inside_swap(what)
+                shards.reshard(self._ema_model)
+                self._load(spread_from_first(state, self._ema_model), what)
+        else:
+            self._load(Saved.of(state), what)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
@@ -510,22 +518,10 @@ class ModelEMA:
             >>> ema.load_weights(averaged.state_dict())
         """
         found, remarks = weights_from(source, self._ema_model)
-        for remark in self._load(found, "load_weights()", remarks):
-            warnings.warn(remark, UserWarning, stacklevel=2)
+        self._load(found, "load_weights()", remarks)
 
-    def _load_state(
-        self, state: object, read: Callable[[object], Saved], full_state_dict: bool
-    ) -> list[str]:
-        what = "load_state_dict()"
-        if full_state_dict:
-            with self._lock, torch.no_grad():
-                self._refuse_inside_swap(what)
-                shards.reshard(self._ema_model)
-                return self._load(spread_from_first(state, read, self._ema_model), what)
-        return self._load(read(state), what)
-
-    def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> list[str]:
-        """Load it, and return what is to be warned of."""
+    def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> None:
+        """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
             plan, _ = self._current_plan()
@@ -547,7 +543,8 @@ class ModelEMA:
                 if found.schedule is not None:
                     self._schedule = found.schedule
                 self._make_plan()
-            return said
+        for remark in said:
+            warnings.warn(remark, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan: its addresses mean nothing to a copy or to another process."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ REAL_DTYPE = {
     torch.complex64: torch.float32,
     torch.complex32: torch.float16,
 }
+
+# What is copied, and converted where dtypes differ.
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Slot(NamedTuple):
@@ -151,7 +156,8 @@ def tie(pairs: list[Pair]) -> list[Pair]:
         if twin is not None and pair.ema_slots[0].place in [slot.place for slot in twin.ema_slots]:
             _refuse_split(twin.name, pair.name)
         first.setdefault(id(pair.ema), pair)
-        if twin is not None or _share_memory(pair.online, pair.ema) or pair.ema.is_inference():
+        shared = storage(pair.online) == storage(pair.ema) != 0
+        if twin is not None or shared or pair.ema.is_inference():
             pair.ema = own_copy(pair.ema)
         elif not has_fractions(pair.ema):  # an integer tensor became a floating one
             pair.ema = own_copy(pair.ema, pair.online.dtype)
@@ -200,9 +206,15 @@ def own_copy(
     return nn.Parameter(copy, requires_grad=False) if isinstance(like, nn.Parameter) else copy
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    address = one.untyped_storage().data_ptr()
-    return address != 0 and address == other.untyped_storage().data_ptr()
+def elements(tensor: Tensor) -> Hashable:
+    """What is equal for two tensors that are the same elements of memory, seen in the same way."""
+    seen = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return (tensor.device, tensor.data_ptr(), *seen)
+
+
+def storage(tensor: Tensor) -> int:
+    """The address of the memory that it may share with other tensors; 0: it has none."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _refuse_split(name: str, other: str) -> None:
@@ -219,35 +231,82 @@ def listed(names: list[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
+class Flaw(NamedTuple):
+    """Why a tensor can be neither averaged nor copied, and what to do about it."""
+
+    error: type[Exception]
+    reason: str
+    remedy: str
+
+
+def flaw(tensor: Tensor) -> Flaw | None:
+    """What is wrong with a tensor; None if its values are in its memory, as they are."""
     if hasattr(tensor, "__tensor_flatten__"):
-        raise NotImplementedError(
-            f"{kind} '{name}' is a {type(tensor).__name__}, which keeps its data in other tensors "
-            "in a way of its own, and cannot be averaged. Build the EMA before the model is "
-            "converted, e.g. quantized."
+        return Flaw(
+            NotImplementedError,
+            f"is a {type(tensor).__name__}, which keeps its data in other tensors in a way of its "
+            "own",
+            "Build the EMA before the model is converted, e.g. quantized.",
         )
     if nn.parameter.is_lazy(tensor):
-        raise ValueError(
-            f"{kind} '{name}' is uninitialized (a lazy module), so it has no shape to average. "
-            "Run one forward pass before building the EMA."
+        return Flaw(
+            ValueError,
+            "is uninitialized (a lazy module), so it has no shape",
+            "Run one forward pass before building the EMA.",
         )
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise TypeError(
-            f"{kind} '{name}' has layout {tensor.layout} and dtype {tensor.dtype}. Only strided, "
-            "unquantized tensors can be averaged or copied. Keep it out of the model's "
-            f"{kind}s, or convert it with .to_dense() or .dequantize()."
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return Flaw(
+            TypeError,
+            f"has layout {tensor.layout} and dtype {tensor.dtype}, and is not strided, or is "
+            "quantized or nested",
+            "Keep it out of the model's parameters and buffers, or convert it with .to_dense() or "
+            ".dequantize().",
         )
     if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(
-            f"{kind} '{name}' is a lazy conjugate or negative view: its memory does not hold its "
-            "values. Assign tensor.resolve_conj().resolve_neg() instead."
+        return Flaw(
+            ValueError,
+            "is a lazy conjugate or negative view: its memory does not hold its values",
+            "Assign tensor.resolve_conj().resolve_neg() instead.",
         )
     if tensor.numel() and tensor.data_ptr() == 0:
-        raise ValueError(
-            f"{kind} '{name}' has no memory (device {tensor.device}, address 0), so there is "
-            "nothing to read or to write. Materialize it first: meta tensors with "
-            "model.to_empty(device=...), storages freed by a sharding engine by gathering them."
+        return Flaw(
+            ValueError,
+            f"has no memory (device {tensor.device}, address 0), so it has no values",
+            "Materialize it first: meta tensors with model.to_empty(device=...), storages freed by "
+            "a sharding engine by gathering them.",
         )
+    return None
+
+
+def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
+    if (found := flaw(tensor)) is not None:
+        raise found.error(
+            f"{kind} '{name}' {found.reason}, and can be neither averaged nor copied. "
+            f"{found.remedy}"
+        )
+
+
+def renamed(
+    state: Mapping[str, Any],
+    name: Callable[[str], str | None] = str,
+    value: Callable[[str, Any], Any] = lambda _, value: value,
+) -> dict[str, Any]:
+    """A module's state dict with other names, those that become None left out, and other values.
+
+    It keeps the modules' versions, which `nn.Module.load_state_dict` looks for in `_metadata`.
+    """
+    names = {key: new for key in state if (new := name(key)) is not None}
+    found: Any = OrderedDict((new, value(key, state[key])) for key, new in names.items())
+    versions = getattr(state, "_metadata", None)
+    found._metadata = OrderedDict(
+        (new, version)
+        for key, version in (versions.items() if isinstance(versions, Mapping) else ())
+        if isinstance(key, str)
+        and isinstance(version, Mapping)
+        and type(version.get("version")) in (int, type(None))
+        and (new := name(key)) is not None
+    )
+    return found  # type: ignore[no-any-return]
 
 
 def _check_layouts(name: str, online: Tensor | None, ema: Tensor | None) -> None:

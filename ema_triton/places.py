@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ema_triton import shards
+from ema_triton.pairs import elements
 
 
 class Place:
@@ -25,11 +24,7 @@ class Place:
         if shards.local(self.tensor) is not self.part:
             self.tensor._local_tensor = self.part  # type: ignore[attr-defined]
             found = True
-        if _memory(self.part) != _memory(self._data):
+        if elements(self.part) != elements(self._data):
             self.part.data = self._data
             found = True
         return found
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

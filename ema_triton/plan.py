@@ -24,6 +24,7 @@ from ema_triton.pairs import (
     Pair,
     Slots,
     check_averaged,
+    elements,
     has_fractions,
     pair_by_name,
     separate,
@@ -60,7 +61,7 @@ class Exact(NamedTuple):
     def is_in_place(self) -> bool:
         """Whether the EMA model still has this weight, and no other tensor."""
         now = self.pair.ema_slots[0].read()
-        return isinstance(now, Tensor) and _lies_at(as_real(now), self.weight)
+        return isinstance(now, Tensor) and elements(as_real(now)) == elements(self.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,7 +336,8 @@ def _lay_flat(
             (bucket.key.ema_dtype, bucket.key.device) == (key.ema_dtype, key.device)
             and bucket.flat.numel() == total
             and bucket.flat.data_ptr() == pairs[0].ema.data_ptr()
-            and all(map(_lies_at, [as_real(pair.ema) for pair in pairs], views_of(bucket.flat)))
+            and [elements(as_real(pair.ema)) for pair in pairs]
+            == [*map(elements, views_of(bucket.flat))]
         ):
             kept = bucket
     if kept is not None:
@@ -375,11 +377,6 @@ def _lay_flat(
         chunks = sum(-(-source.numel() // CHUNK) for source in sources)
         counters = torch.zeros(chunks, dtype=torch.int64, device=key.device)
     return Bucket(key, names, flat, companion, draws, counters, offsets, targets, sources)
-
-
-def _lies_at(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both are the same elements of memory, if of one shape and dtype."""
-    return (tensor.data_ptr(), tensor.stride()) == (other.data_ptr(), other.stride())
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

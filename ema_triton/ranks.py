@@ -5,7 +5,6 @@ These are collectives. Building an EMA and updating it are none.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ema_triton import shards
+from ema_triton.pairs import renamed
 
 T = TypeVar("T")
 
@@ -43,30 +43,28 @@ def from_first(make: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def gathered(tensors: Mapping[str, Any]) -> Any:  # noqa: ANN401  # an OrderedDict with _metadata
+def gathered(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The whole tensors, copied to the CPU of rank 0, one after the other; elsewhere nothing."""
-    found: Any = OrderedDict()
-    for name, value in tensors.items():
-        whole = value
+
+    def whole(_: str, value: Any) -> Any:  # noqa: ANN401
         if shards.is_sharded(value):
-            whole = shards.gathered(value)
-        if is_first():
-            found[name] = whole.to("cpu", copy=True) if isinstance(whole, Tensor) else whole
-    found._metadata = getattr(tensors, "_metadata", None)
-    return found
+            value = shards.gathered(value)
+        if not is_first():
+            return None
+        return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+    found = renamed(tensors, value=whole)
+    return found if is_first() else {}
 
 
-def hollow(tensors: Mapping[str, Any]) -> Any:  # noqa: ANN401  # likewise
+def hollow(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The same with tensors that have no values."""
-    found: Any = OrderedDict(
-        (name, value.to("meta") if isinstance(value, Tensor) else value)
-        for name, value in tensors.items()
-    )
-    found._metadata = getattr(tensors, "_metadata", None)
-    return found
+    return renamed(tensors, value=lambda _, v: v.to("meta") if isinstance(v, Tensor) else v)
 
 
-def spread(hollows: Mapping[str, Any], tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Any:  # noqa: ANN401  # likewise
+def spread(
+    hollows: Mapping[str, Any], tensors: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
     """The parts of rank 0's whole `tensors`, sharded as `own`; the other ranks' are not looked at.
 
     Args:
@@ -74,11 +72,10 @@ def spread(hollows: Mapping[str, Any], tensors: Mapping[str, Any], own: Mapping[
         tensors: With values, on rank 0.
         own: What they are for, by the same names.
     """
-    found: Any = OrderedDict()
-    for name, value in hollows.items():
+
+    def part(name: str, value: Any) -> Any:  # noqa: ANN401
         if not isinstance(value, Tensor):
-            found[name] = value
-            continue
+            return value
         mine = own[name]  # a module's extra state may be a tensor there and something else here
         device = shards.local(mine).device if isinstance(mine, Tensor) else None
         whole = torch.empty(value.shape, dtype=value.dtype, device=device)
@@ -86,6 +83,6 @@ def spread(hollows: Mapping[str, Any], tensors: Mapping[str, Any], own: Mapping[
             whole.copy_(tensors[name])
         if _in_group():
             dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-        found[name] = shards.like(shards.part_of(whole, mine).clone(), mine)
-    found._metadata = getattr(hollows, "_metadata", None)
-    return found
+        return shards.like(shards.part_of(whole, mine).clone(), mine)
+
+    return renamed(hollows, value=part)

@@ -6,14 +6,13 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ema_triton.pairs import clean_name
+from ema_triton import shards
+from ema_triton.pairs import INTEGERS, clean_name, elements, flaw, renamed
 
 PLAIN = "a module's state dict"
 WRAPPED = "a wrapped module's state dict"
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Wrapper(NamedTuple):
@@ -23,6 +22,11 @@ class Wrapper(NamedTuple):
     prefix: str
     others: tuple[str, ...]  # how names without the prefix begin
     counter: str | None  # the one of them that counts the updates
+
+    def inner(self, name: str) -> str | None:
+        """The name without the prefix, which is also the inner module's own; None: another's."""
+        dotted = f"{name}."
+        return dotted[len(self.prefix) : -1] if dotted.startswith(self.prefix) else None
 
 
 # DistributedDataParallel, DataParallel and timm's ModelEmaV2 and V3 cannot be told apart.
@@ -90,34 +94,22 @@ def _by_name(state: Mapping[Any, Any], own: Mapping[str, Any]) -> Found | None:
     """With as many prefixes taken off as makes the names fit best; None: it holds no weights."""
     if not all(isinstance(name, str) for name in state):
         return None
-    weights = {clean_name(name): value for name, value in state.items()}
-    metadata: Any = getattr(state, "_metadata", None)
-    versions = {
-        clean_name(name): version
-        for name, version in (metadata.items() if isinstance(metadata, Mapping) else ())
-        if isinstance(name, str) and isinstance(version, Mapping)
-    }
+    weights = renamed(state, clean_name)
     source, updates = PLAIN, None
-    best, best_versions = Found(weights, source, updates, []), versions
+    best = Found(weights, source, updates, [])
     while (wrapper := _wrapper(weights)) is not None:
         if source in (PLAIN, WRAPPED):  # the outermost one that tells something
             source = wrapper.source
             updates = _count(weights.get(wrapper.counter)) if wrapper.counter else None
-        weights = _without(wrapper.prefix, weights)
-        # The wrapped module itself is called by the prefix without its dot.
-        versions = _without(wrapper.prefix[:-1], versions)
-        versions = {name.removeprefix("."): version for name, version in versions.items()}
+        weights = renamed(weights, wrapper.inner)
         if len(weights.keys() ^ own.keys()) < len(best.weights.keys() ^ own.keys()):
-            best, best_versions = Found(weights, source, updates, []), versions
+            best = Found(weights, source, updates, [])
     if not best.weights.keys() & own.keys() and (
         any(isinstance(value, Mapping) for value in state.values())
         or not any(isinstance(value, Tensor) for value in state.values())
     ):
         return None
-    ordered: Any = OrderedDict(best.weights)
-    if best_versions:
-        ordered._metadata = OrderedDict(best_versions)
-    return best._replace(weights=ordered)
+    return best
 
 
 def _wrapper(weights: Mapping[str, Any]) -> Wrapper | None:
@@ -128,18 +120,14 @@ def _wrapper(weights: Mapping[str, Any]) -> Wrapper | None:
     return None
 
 
-def _without(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name[len(prefix) :]: value for name, value in named.items() if name.startswith(prefix)}
-
-
 def _by_order(
     shadows: Sequence[object], updates: int | None, own: Mapping[str, Any], names: Sequence[str]
 ) -> Found:
     """The weights of diffusers' EMAModel, a list; it has no buffers."""
     problem = None
     for position, (shadow, name) in enumerate(zip(shadows, names, strict=False)):
-        if not _is_dense(shadow):
-            problem = f"[{position}] is a {type(shadow).__name__}, not a dense tensor"
+        if not _is_plain(shadow):
+            problem = f"[{position}] is a {type(shadow).__name__}, not a dense tensor with values"
         elif name not in own:
             problem = f"[{position}] is of '{name}', which the EMA model's state dict does not have"
         elif shadow.shape != own[name].shape:
@@ -159,13 +147,15 @@ def _by_order(
             "one it was made of, from all of model.parameters()."
         )
     by_name = dict(zip(names, shadows, strict=True))
-    by_place = {place: by_name[name] for name in names if (place := _place(own[name])) is not None}
+    by_place = {
+        place: by_name[name] for name in names if (place := _elements(own[name])) is not None
+    }
     weights: dict[str, Any] = OrderedDict()
     kept = []
     for name, value in own.items():
         if name in by_name:
             weights[name] = by_name[name]
-        elif (place := _place(value)) in by_place:  # the other name of a tied parameter
+        elif (place := _elements(value)) in by_place:  # the other name of a tied parameter
             weights[name] = by_place[place]
         else:
             weights[name] = value
@@ -173,25 +163,18 @@ def _by_order(
     return Found(weights, "diffusers' EMAModel", updates, kept)
 
 
-def _is_dense(value: object) -> TypeGuard[Tensor]:
-    return (
-        isinstance(value, Tensor)
-        and not nn.parameter.is_lazy(value)
-        and value.layout == torch.strided
-        and not value.is_nested
-    )
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and flaw(shards.local(value)) is None
 
 
-def _place(value: object) -> object:
-    """Where a tensor lies, the same for tied ones alone; None: nowhere."""
-    if not isinstance(value, Tensor) or not value.numel():
-        return None
-    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+def _elements(value: object) -> object:
+    """The same for tied tensors alone; None: it has none."""
+    return elements(value) if isinstance(value, Tensor) and value.numel() else None
 
 
 def _count(value: object) -> int | None:
     if isinstance(value, Tensor):
-        if not _is_dense(value) or value.is_meta or value.dtype not in INTEGERS:
+        if not _is_plain(value) or value.dtype not in INTEGERS:
             return None
         value = value.item() if value.numel() == 1 else None
     return value if type(value) is int and value >= 0 else None

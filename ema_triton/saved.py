@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ema_triton.pairs import REAL_DTYPE, clean_name, listed
+from ema_triton import shards
+from ema_triton.pairs import INTEGERS, REAL_DTYPE, clean_name, flaw, listed, renamed, storage
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 
 # The format of ModelEMA.state_dict().
 VERSION = 1
-
-# What can be copied into another dtype, beside what can be averaged.
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Saved(NamedTuple):
@@ -52,64 +49,20 @@ class Saved(NamedTuple):
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
-            weights: Any = OrderedDict((clean_name(name), value) for name, value in state.items())
-            weights._metadata = _module_versions(state)
-            return cls(weights, {}, None, 0, 0, None, None)
+            return cls(renamed(state, clean_name), {}, None, 0, 0, None, None)
         version = state.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(
                 f"The state has version {version!r}, but this release of ema_triton "
                 f"reads version {VERSION}. Use the release that wrote it."
             )
-        precision, companions = state.get("precision"), state.get("companions")
-        rounding: Any = state.get("rounding")
-        if (
-            precision not in PRECISIONS
-            or not isinstance(companions, Mapping)
-            or not (
-                isinstance(rounding, Mapping) if precision == "stochastic" else rounding is None
-            )
-            or not {"rounding", "update_index", "schedule"} <= state.keys()
-        ):
+        try:
+            return cls(**_fields(state))
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"The state's precision is {precision!r}, with companions of type "
-                f"{type(companions).__name__} and rounding of type {type(rounding).__name__}, "
-                f"among the keys {[*state][:9]}. That is no state of a precision of "
-                f"{', '.join(PRECISIONS)}: the checkpoint is damaged."
-            )
-        counts = {"seed": 0, "updates": 0} if rounding is None else {**rounding}
-        if counts.keys() != {"seed", "updates"} or not all(map(_is_count, counts.values())):
-            raise ValueError(
-                f"The state's rounding should be a seed and a number of updates, but is "
-                f"{rounding!r}. The checkpoint is damaged."
-            )
-        update_index, schedule = state["update_index"], state["schedule"]
-        if not _is_count(update_index):
-            raise ValueError(
-                f"The state's update_index must be the number of updates made, but is "
-                f"{update_index!r}. The checkpoint is damaged."
-            )
-        if schedule is not None:
-            try:
-                schedule = json.loads(schedule)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The state's schedule should be JSON, but is {schedule!r}. The checkpoint is "
-                    "damaged."
-                ) from error
-            schedule = schedule_from_state(schedule)
-            try:
-                momentum_from(schedule, update_index + 1)
-            except (ArithmeticError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The state's schedule gives no momentum for its next update: {error}. The "
-                    "checkpoint is damaged."
-                ) from error
-        weights = OrderedDict(state["weights"])
-        weights._metadata = _module_versions(state["weights"])
-        return cls(
-            weights, companions, precision, **counts, update_index=update_index, schedule=schedule
-        )
+                f"The state is damaged ({type(error).__name__}: {error}), so it cannot be loaded. "
+                "Give another copy of the checkpoint."
+            ) from error
 
     def check_fit(self, own: Mapping[str, Any]) -> None:
         """Compare with the EMA model's own state, by clean name.
@@ -150,12 +103,10 @@ class Saved(NamedTuple):
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
             return [f"'{name}' is a {type(weight).__name__}, not a tensor"]
-        if not _is_whole(weight):
-            return [f"'{name}' is sparse, nested, quantized, uninitialized, or a lazy view"]
+        if found := flaw(shards.local(weight)):
+            return [f"'{name}' {found.reason}"]
         if weight.shape != own.shape:
             return [f"'{name}' is {tuple(weight.shape)} in the state but {tuple(own.shape)} here"]
-        if weight.is_meta:
-            return [f"'{name}' is on the meta device, without values"]
         if weight.dtype not in REAL_DTYPE and weight.dtype not in INTEGERS:
             return [f"'{name}' is {weight.dtype}, which has to be converted first"]
         if weight.is_complex() != own.is_complex():
@@ -164,10 +115,9 @@ class Saved(NamedTuple):
             companion, real = self.companions[name], as_real(weight)
             if (
                 not isinstance(companion, Tensor)
-                or not _is_whole(companion)
+                or flaw(shards.local(companion))
                 or companion.dtype != COMPANION_DTYPE.get(real.dtype)
                 or companion.shape != real.shape
-                or companion.is_meta
             ):
                 return [f"the companion of '{name}' is not one for {weight.dtype} of its shape"]
         return []
@@ -188,10 +138,10 @@ class Saved(NamedTuple):
         values: dict[str, Tensor] = {}
         rounded: list[str] = []
         unknown: list[str] = []
-        shared = {_storage(tensor) for tensor in own.values() if isinstance(tensor, Tensor)}
+        shared = {storage(tensor) for tensor in own.values() if isinstance(tensor, Tensor)}
         for name in self.weights:
             mine, value = own[name], self._value(name)
-            if isinstance(value, Tensor) and _storage(value) in shared:
+            if isinstance(value, Tensor) and storage(value) in shared:
                 value = value.clone()  # it may be overwritten before its turn
             weights[name] = value
             if not isinstance(mine, Tensor) or _is_extra(name):
@@ -228,32 +178,28 @@ class Saved(NamedTuple):
         return torch.view_as_complex(value) if weight.is_complex() else value
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _module_versions(weights: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """The modules' versions beside a state dict, which nn.Module.load_state_dict compares."""
-    versions = getattr(weights, "_metadata", None)
-    if not isinstance(versions, Mapping):
-        return None
-    return OrderedDict(
-        (name, version)
-        for name, version in versions.items()
-        if isinstance(version, Mapping) and type(version.get("version")) in (int, type(None))
-    )
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether its values are in its memory, as they are."""
-    return not (
-        nn.parameter.is_lazy(tensor)
-        or tensor.layout != torch.strided
-        or tensor.is_nested
-        or tensor.is_quantized
-        or tensor.is_conj()
-        or tensor.is_neg()
-    )
+def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ModelEMA.state_dict` returned, as the fields of `Saved`; any error if it is damaged."""
+    precision, update_index, rounding = state["precision"], state["update_index"], state["rounding"]
+    counts = {"seed": 0, "updates": 0} if rounding is None else {**rounding}
+    if (rounding is None) == (precision == "stochastic") or precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} with rounding {rounding!r}")
+    if counts.keys() != {"seed", "updates"} or not all(map(_is_count, counts.values())):
+        raise ValueError(f"rounding is {rounding!r}")
+    if not _is_count(update_index):
+        raise ValueError(f"update_index is {update_index!r}")
+    schedule = None
+    if state["schedule"] is not None:
+        schedule = schedule_from_state(json.loads(state["schedule"]))
+        momentum_from(schedule, update_index + 1)
+    return {
+        "weights": renamed(state["weights"]),
+        "companions": {**state["companions"]},
+        "precision": precision,
+        "update_index": update_index,
+        "schedule": schedule,
+        **counts,
+    }
 
 
 def _is_count(value: object) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ema_triton import shards
 from ema_triton.buckets import Bucket
-from ema_triton.pairs import listed
+from ema_triton.pairs import listed, renamed
 from ema_triton.places import Place
 from ema_triton.plan import Plan
 
@@ -122,12 +122,14 @@ class Swap:
     def outside(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         """The EMA model's state, some of whose values are in the online model now."""
         where = {pair.ema.data_ptr(): pair.online.detach() for pair in self._moved}
-        found = dict(weights)
-        for name, value in weights.items():
-            if isinstance(value, Tensor):
-                online = where.get(shards.local(value).data_ptr())
-                found[name] = value if online is None else shards.like(online, value)
-        return found
+
+        def value_of(_: str, value: Any) -> Any:  # noqa: ANN401
+            if not isinstance(value, Tensor):
+                return value
+            online = where.get(shards.local(value).data_ptr())
+            return value if online is None else shards.like(online, value)
+
+        return renamed(weights, value=value_of)
 
     def _restore(self) -> None:
         with torch.no_grad():

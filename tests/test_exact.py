@@ -216,7 +216,7 @@ def test_a_compiled_models_state_dict() -> None:
 @pytest.mark.parametrize(
     ("weight", "text"),
     [
-        (torch.eye(4).to_sparse(), "'weight' is sparse, nested, quantized"),
+        (torch.eye(4).to_sparse(), "'weight' has layout torch.sparse_coo and dtype torch.float32"),
         (torch.zeros(4, 4).to(torch.float8_e4m3fn), "'weight' is torch.float8_e4m3fn, which has"),
     ],
 )

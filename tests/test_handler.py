@@ -1790,13 +1790,26 @@ def test_no_part_of_a_damaged_state_is_loaded() -> None:
         assert second.handler.schedule == Constant(0.7)
 
 
-@pytest.mark.parametrize("state", [{}, {"0.weight": torch.zeros(3)}, network().state_dict()])
+@pytest.mark.parametrize(
+    "state", [{}, {"0.weight": torch.zeros(3)}, {"ema": network().state_dict()}]
+)
 def test_something_else_is_not_a_state(state: dict[str, Any]) -> None:
     handler = EMAHandler(network(), 0.3)
     before = values(handler.ema_model)
     with pytest.raises(ValueError, match="state"):
         handler.load_state_dict(state)
     assert changed(before, handler.ema_model) == []
+
+
+def test_what_was_saved_of_ignites_ema_model_is_a_state(tmp_path: Path) -> None:
+    theirs, ours = IgniteHandler(network(), 0.3), EMAHandler(network(), 0.3)
+    assert changed(values(ours.ema_model), theirs.ema_model) != []
+    checkpoint = Checkpoint({"ema": theirs.ema_model}, DiskSaver(tmp_path))
+    checkpoint(Engine(lambda engine, batch: None))
+    state = torch.load(tmp_path / checkpoint.last_checkpoint, weights_only=True)
+    Checkpoint.load_objects({"ema": ours}, {"ema": state})
+    assert changed(values(ours.ema_model), theirs.ema_model) == []
+    assert ours.schedule == Constant(0.3)
 
 
 def test_checkpoints_during_a_run(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def network() -> nn.Sequential:
 
 def same(left: Any, right: Any) -> bool:
     """Of the same types and in the same order; tensors of the same bits, but NaN is NaN."""
+    if left is right:  # a mangled state may even contain itself
+        return True
     if type(left) is not type(right):
         return False
     if isinstance(left, Tensor):
