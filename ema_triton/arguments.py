@@ -13,7 +13,7 @@ from ema_triton.precision import PRECISIONS
 
 HANDLE_BUFFERS = ("copy", "update", "ema_train")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NONFINITE = ("propagate", "skip", "raise")
+NONFINITE = ("propagate", "skip")
 
 
 class Options(TypedDict, total=False):
@@ -60,7 +60,7 @@ def check_choices(
         raise ValueError(
             f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, but got {nonfinite!r}. "
             "It says what becomes of NaN and Inf: 'propagate' lets them into the EMA, 'skip' keeps "
-            "the EMA's old value there, 'raise' does so and tells."
+            "the EMA's old value there and counts."
         )
 
 

@@ -41,7 +41,7 @@ class Bucket:
     tensor's storage and so keeps it alive: nothing else can appear at that address. `companion`
     lies as `flat` does, where the precision is exact. `draws`, where it is stochastic, is int64
     [2]: the bucket's seed, and the number of updates made. `counters`, where non-finite values are
-    not let in, is int64, one per chunk: how many there were in it.
+    skipped, is int64, one per chunk: those of a tensor's chunks add up to its skip count.
     """
 
     key: Key

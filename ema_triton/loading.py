@@ -109,7 +109,7 @@ def fitted(
         lambda name: names.get(name, name),
         lambda name, _: shards.like(weights[name], own[name]),
     )
-    return loaded, Memory(values, seed, updates, plan.nonfinite_count()), remarks
+    return loaded, Memory(values, seed, updates, plan.nonfinite_counts()), remarks
 
 
 def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:

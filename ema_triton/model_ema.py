@@ -28,7 +28,6 @@ from ema_triton.groups import Groups
 from ema_triton.interrupts import Deferred, SwapContext
 from ema_triton.loading import fitted, spread_from_first, weights_from
 from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
-from ema_triton.nonfinite import Alarm, complaint
 from ema_triton.pairs import (
     Slots,
     check_tensors,
@@ -88,9 +87,7 @@ class ModelEMA:
             tensor counts; a product above 1 is 1, and a momentum of 1 copies whatever the factor.
         nonfinite: What an online value of NaN or Inf does to the EMA, or one too large for its
             dtype: "propagate" lets it in, as torch does; "skip" keeps the EMA's old value there
-            and counts, see `nonfinite_count`; "raise" skips and raises FloatingPointError, at
-            once on a CPU, on a GPU at the next update and in its place. Of what is averaged; a copy
-            is a copy.
+            and counts, see `nonfinite_counts`. Of what is averaged; a copy is a copy.
 
     Attributes:
         model: The online model, unwrapped.
@@ -166,14 +163,13 @@ class ModelEMA:
         self._schedule: Schedule | None = None
         self._following: RemovableHandle | None = None
         self._swap: Swap | None = None
-        self._alarm = Alarm()
         self._lock = threading.RLock()
         self._requested_backend = backend
         self._plan: Plan | None = None
         self._backend: Backend | None = None
         self._captured: list[Plan] = []
         self._warned = False
-        self._memory: Memory | None = Memory({}, seed, 0)
+        self._memory: Memory | None = Memory({}, seed, 0, {})
         self._make_plan(ema_dtype)
         self._ema_model.requires_grad_(False)
         self._ema_model.train(handle_buffers == "ema_train")
@@ -219,26 +215,18 @@ class ModelEMA:
             ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
             RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
                 swapped.
-            FloatingPointError: With nonfinite="raise", the online model is not finite.
         """
         momentum = check_momentum(momentum)
         with self._lock, torch.no_grad():
             self._refuse_inside_swap("update()")
             plan, online = self._current_plan()
             self._check_momentum_fits(momentum, plan)
-            capturing = plan.on_cuda and torch.cuda.is_current_stream_capturing()
-            if self.nonfinite == "raise" and not capturing:
-                self._raise_if_nonfinite(plan)  # of the last update
             plan.copies.write(online)
             self._chosen.update(plan, momentum)
-            if capturing:
+            if plan.on_cuda and torch.cuda.is_current_stream_capturing():
                 self._captured.append(plan)  # the graph goes on reading its chunk table
             plan.wrote()
             self.update_index += 1
-            if self.nonfinite == "raise" and not capturing:
-                self._alarm.ask(plan)
-                if not plan.on_cuda:
-                    self._raise_if_nonfinite(plan)
 
     @_disable_dynamo
     def sync(self) -> None:
@@ -344,21 +332,39 @@ class ModelEMA:
         self._schedule = schedule
 
     def nonfinite_count(self) -> int:
-        """How many values the EMA was spared so far; reads a counter, which waits for the device.
-
-        A value that is not finite in the online model counts at each update. A complex number has
-        two values.
+        """How many values were skipped so far, in all tensors; the sum of `nonfinite_counts`.
 
         Raises:
             RuntimeError: With nonfinite="propagate" nothing is counted.
         """
+        return sum(self.nonfinite_counts().values())
+
+    def nonfinite_counts(self) -> dict[str, int]:
+        """How many values of each averaged tensor were skipped so far; waits for the device.
+
+        A value that is not finite in the online model counts at each update. A complex number has
+        two values. Of a sharded tensor, those of this rank's part count.
+
+        Returns:
+            Skip counts by clean name, of a tied tensor by the first of its names, zeros included.
+
+        Raises:
+            RuntimeError: With nonfinite="propagate" nothing is counted.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> ema = ModelEMA(model, nonfinite="skip")
+            >>> _ = model.weight.data.fill_(float("nan"))
+            >>> ema.update(0.1)
+            >>> ema.nonfinite_counts()
+            {'weight': 2, 'bias': 0}
+        """
         if self.nonfinite == "propagate":
             raise RuntimeError(
-                "nonfinite='propagate' counts nothing. Build the EMA with nonfinite='skip' or "
-                "'raise'."
+                "nonfinite='propagate' counts nothing. Build the EMA with nonfinite='skip'."
             )
         with self._lock:
-            return self._known_plan().nonfinite_count()
+            return self._known_plan().nonfinite_counts()
 
     def distance(self) -> Distance:
         r"""How far the EMA is from the online model, overall and by top-level module.
@@ -559,7 +565,6 @@ class ModelEMA:
                 "_backend": None,
                 "_captured": [],
                 "_memory": memory,
-                "_alarm": Alarm(0 if memory is None else memory.nonfinite),
                 "_following": None,
             }
             del state["_lock"]
@@ -617,10 +622,6 @@ class ModelEMA:
         assert self._schedule is not None
         self.update(momentum_from(self._schedule, self.update_index + 1))
 
-    def _raise_if_nonfinite(self, plan: Plan) -> None:
-        if count := self._alarm.take():
-            raise complaint(plan, count, self.update_index)
-
     @property
     def _chosen(self) -> Backend:
         if self._backend is None:  # unpickled, or a copy
@@ -664,7 +665,7 @@ class ModelEMA:
                 ema_dtype=ema_dtype,
                 precision=self.precision,
                 groups=self._groups,
-                guarded=self.nonfinite != "propagate",
+                guarded=self.nonfinite == "skip",
                 previous=self._plan,
                 memory=self._memory,
             )

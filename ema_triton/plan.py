@@ -38,13 +38,13 @@ class Memory(NamedTuple):
     """What an EMA knows beside its weights.
 
     `values` are the fp32 values of exact tensors by name. They count where they round to the
-    weights, which somebody may have written.
+    weights, which somebody may have written. `nonfinite` are the skip counts by name.
     """
 
     values: Mapping[str, Tensor]
     seed: int
     updates: int
-    nonfinite: int = 0
+    nonfinite: Mapping[str, int]
 
 
 class Exact(NamedTuple):
@@ -68,8 +68,8 @@ class Exact(NamedTuple):
 class Plan:
     """Everything an update does: average the buckets, make the copies.
 
-    `kept` pairs are buffers that only `sync` copies. `nonfinite` are the non-finite values that
-    were counted before this plan.
+    `kept` pairs are buffers that only `sync` copies. `nonfinite` are the skip counts before this
+    plan, of every averaged tensor by its first name.
     """
 
     buckets: list[Bucket]
@@ -80,7 +80,7 @@ class Plan:
     exact: list[Exact]
     seed: int
     drawn: Tensor | int
-    nonfinite: int
+    nonfinite: Mapping[str, int]
     watch: Watch
 
     def is_stale(self) -> bool:
@@ -99,7 +99,7 @@ class Plan:
     def memory(self) -> Memory:
         """What another plan for the same weights needs to go on from there."""
         values = {pair.name: join(weight, companion) for pair, weight, companion in self.exact}
-        return Memory(values, self.seed, self.updates, self.nonfinite_count())
+        return Memory(values, self.seed, self.updates, self.nonfinite_counts())
 
     def exact_in(self, state: Mapping[str, Any]) -> dict[str, Exact]:
         """Which of a module's state, by clean name, are exact, whatever it calls them."""
@@ -117,13 +117,15 @@ class Plan:
                     found[name] = exact
         return found
 
-    def counts(self) -> list[Tensor]:
-        """How many non-finite values each bucket was spared, on its device."""
-        return [bucket.counters.sum() for bucket in self.buckets if bucket.counters is not None]
-
-    def nonfinite_count(self) -> int:
-        """How many non-finite values the EMA was spared in all; waits for the device."""
-        return self.nonfinite + sum(map(int, self.counts()))
+    def nonfinite_counts(self) -> dict[str, int]:
+        """How many values of each averaged tensor were skipped in all; waits for the device."""
+        counts = {**self.nonfinite}
+        for bucket in self.buckets:
+            if bucket.counters is not None:
+                of_tensors = torch.split(bucket.counters.cpu(), bucket.chunks().tolist())
+                for name, of_chunks in zip(bucket.names, of_tensors, strict=True):
+                    counts[name] += int(of_chunks.sum())
+        return counts
 
     @cached_property
     def on_cuda(self) -> bool:
@@ -156,7 +158,7 @@ def make_plan(
         ema_dtype: Cast the EMA's real floating tensors to it; None leaves their dtypes.
         precision: How bf16 and fp16 EMA tensors are averaged: "exact", "stochastic" or "nearest".
         groups: Which tensors are averaged with which share of the momentum; others are copied.
-        guarded: Whether the EMA is spared non-finite values, which are counted.
+        guarded: Whether non-finite values are skipped, and counted.
         previous: The plan that went stale, which knows more than the weights.
         memory: The same from elsewhere.
 
@@ -230,7 +232,11 @@ def make_plan(
         exact=exact,
         seed=past.seed,
         drawn=draws[0] if draws else past.drawn,
-        nonfinite=past.nonfinite,
+        nonfinite={
+            pair.name: past.nonfinite.get(pair.name, 0)
+            for pair in averaged
+            if groups.scale(pair.names) is not None
+        },
         watch=Watch.over(model, ema_model, averaged),
     )
 
@@ -270,18 +276,18 @@ class _Past(NamedTuple):
     values: Mapping[str, Tensor]
     seed: int
     drawn: Tensor | int  # how many updates were rounded stochastically
-    nonfinite: int
+    nonfinite: Mapping[str, int]
 
     @classmethod
     def of(cls, previous: Plan | None, memory: Memory | None) -> _Past:
         if memory is not None or previous is None:
-            return cls(previous.buckets if previous else [], {}, *(memory or Memory({}, 0, 0)))
+            return cls(previous.buckets if previous else [], {}, *(memory or Memory({}, 0, 0, {})))
         exact = {
             slot.place: (weight, companion)
             for pair, weight, companion in previous.exact
             for slot in pair.ema_slots
         }
-        counted = previous.nonfinite_count()
+        counted = previous.nonfinite_counts()
         return cls(previous.buckets, exact, {}, previous.seed, previous.drawn, counted)
 
     def value(self, pair: Pair) -> Tensor:

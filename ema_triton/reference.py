@@ -6,6 +6,7 @@ bounded scratch, never in a temporary as large as the model. Nothing waits for t
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -68,14 +69,14 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
     bucket.count_update()
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
     for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
-        if step.counters is not None:
+        if step.skipped is not None:
             step.online.zero_()  # between the tensors too, where nothing is to be counted
         torch._foreach_copy_(step.places, step.parts)
         if _copies(weight):
             step.ema.copy_(step.online)
         else:
             step.load().lerp_(step.online, weight)
-        if step.counters is not None:
+        if step.skipped is not None:
             step.spare()
         step.store()
 
@@ -110,6 +111,19 @@ class _Direct(NamedTuple):
     sources: list[Tensor]
 
 
+class _Skipped(NamedTuple):
+    """Where the skip counts of a step's parts go."""
+
+    counters: Tensor
+    rows: Tensor  # int64 [parts], in the counters: the first of each part's tensor
+    ends: Tensor  # int64 [parts], in the step: the last element of each part
+
+    def add(self, finite: Tensor) -> None:
+        """Count what is not finite; between the parts all is finite."""
+        total = finite.logical_not().cumsum(0)[self.ends]
+        self.counters.index_add_(0, self.rows, total.diff(prepend=total.new_zeros(1)))
+
+
 class _Step(NamedTuple):
     """A stretch of the bucket, averaged in a scratch of the arithmetic's dtype.
 
@@ -127,7 +141,7 @@ class _Step(NamedTuple):
     draws: Tensor | None
     scratch: Scratch | None  # for a precision other than "nearest"
     noise: Noise | None
-    counters: Tensor | None
+    skipped: _Skipped | None
     overflow: float
 
     def spare(self) -> None:
@@ -140,8 +154,8 @@ class _Step(NamedTuple):
             size = size.float()  # no copy, but for what fp64 holds and the EMA does not
         finite = size < self.overflow
         torch.where(finite, new, self.load(), out=self.ema)
-        if self.counters is not None:
-            self.counters[0].add_(finite.numel() - finite.sum())
+        if self.skipped is not None:
+            self.skipped.add(finite)
 
     def _is_finite(self) -> bool:
         """Whether surely nothing is to be put back: one pass, for a device that need not wait."""
@@ -232,11 +246,21 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
         aside = bucket.counters is not None or key.ema_dtype != compute
         ema = bucket.flat.new_zeros(size if aside else 0, dtype=compute)
 
+    first_rows = [0, *bucket.chunks().cumsum(0).tolist()]
     steps = []
     for stretch in stretches(bucket):
         begin = stretch[0][0]
         end = stretch[-1][0] + stretch[-1][1].numel()
         weight = bucket.flat[begin:end]
+        skipped = None
+        if bucket.counters is not None:
+            rows = [first_rows[bisect(bucket.offsets, offset) - 1] for offset, _ in stretch]
+            ends = [offset - begin + part.numel() - 1 for offset, part in stretch]
+            skipped = _Skipped(
+                bucket.counters,
+                torch.tensor(rows, device=key.device),
+                torch.tensor(ends, device=key.device),
+            )
         step = _Step(
             begin=begin,
             places=[online[o - begin : o - begin + p.numel()].view(p.shape) for o, p in stretch],
@@ -248,7 +272,7 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
             draws=bucket.draws,
             scratch=None if scratch is None else scratch.first(end - begin),
             noise=noise,
-            counters=bucket.counters,
+            skipped=skipped,
             overflow=overflow(key.ema_dtype, key.precision),
         )
         steps.append(step)

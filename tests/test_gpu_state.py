@@ -87,6 +87,7 @@ def test_both_backends_spare_the_same_elements(
         ema.update(0.5)
         bad = [~tensor.isfinite() for tensor in model]
         assert ema.nonfinite_count() == sum(int(mask.sum()) for mask in bad) == 3 + 9
+        assert ema.nonfinite_counts() == {"0": 3, "1": 9, "2": 0}
         for ours, theirs, mask in zip(ema.ema_model, clean.ema_model, bad, strict=True):
             assert ours.isfinite().all()
             assert torch.equal(ours[~mask], theirs[~mask])
@@ -96,41 +97,20 @@ def test_both_backends_spare_the_same_elements(
 
 
 @pytest.mark.parametrize("backend", ["triton", "foreach"])
-@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_the_guard_does_not_wait_for_what_is_still_running(backend: str, nonfinite: str) -> None:
+def test_the_guard_does_not_wait_for_what_is_still_running(backend: str) -> None:
     model = network()
-    ema = ModelEMA(model, backend=backend, nonfinite=nonfinite)
+    ema = ModelEMA(model, backend=backend, nonfinite="skip")
     for _ in range(2):
         ema.update(0.1)
     torch.cuda.synchronize()
     with no_synchronisation():
         ema.update(0.2)
-        ema.update(0.3)  # "raise" waits for the update before, by an event
-
-
-def test_the_guard_raises_at_the_next_update_and_changes_nothing() -> None:
-    model = network()
-    ema = ModelEMA(model, backend="triton", nonfinite="raise")
-    ema.update(0.1)
-    name, weight = next(iter(model.named_parameters()))
-    with torch.no_grad():
-        weight[0] = float("nan")
-    ema.update(0.1)
-    before = values(ema.ema_model)
-    with pytest.raises(FloatingPointError, match=rf"64 elements .* at update 2.*'{name}'"):
-        ema.update(0.1)
-    assert ema.update_index == 2
-    assert all(map(torch.equal, ema.ema_model.parameters(), before))
-    with torch.no_grad():
-        weight[0] = 1.0
-    ema.update(0.1)
-    ema.update(0.1)
-    assert ema.update_index == 4
+        ema.update(0.3)
 
 
 def test_a_guarded_update_is_captured() -> None:
     model = network()
-    ema = ModelEMA(model, backend="triton", nonfinite="raise")
+    ema = ModelEMA(model, backend="triton", nonfinite="skip")
     ema.update(0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -106,7 +106,7 @@ def test_imports_go_down_the_floors() -> None:
         {"pairs"},
         {"arguments", "files", "models", "places", "ranks", "rivals", "saved", "watch"},
         {"plan"},
-        {"reference", "launch", "swap", "nonfinite", "loading"},
+        {"reference", "launch", "swap", "loading"},
         {"backend", "distance"},
         {"model_ema"},
         {"handler"},
