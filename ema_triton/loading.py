@@ -1,4 +1,4 @@
-"""What an EMA model is to load: a saved state that fits it, converted."""
+"""Loading a saved state into an EMA's tensors: everything is compared first."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ema_triton import files, ranks, shards
-from ema_triton.pairs import clean_name, listed, renamed
-from ema_triton.plan import Memory, Plan
+from ema_triton.pairs import clean_name, listed, persistent_tensors
+from ema_triton.plan import Plan
+from ema_triton.precision import split
 from ema_triton.rivals import weights_of
 from ema_triton.saved import Saved
 
@@ -27,7 +28,7 @@ def weights_from(
     state: Any = source if isinstance(source, Mapping) else files.read(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
         return Saved.of(state)._replace(update_index=None, schedule=None), []
-    own = {clean_name(name): value for name, value in ema_model.state_dict().items()}
+    own = persistent_tensors(ema_model)
     found = weights_of(state, own, [clean_name(name) for name, _ in ema_model.named_parameters()])
     remarks = []
     if found.kept:
@@ -50,7 +51,7 @@ def spread_from_first(state: object, ema_model: nn.Module) -> Saved:
     Raises:
         ValueError: On every rank, if on rank 0 it is no state or does not fit.
     """
-    own = {clean_name(name): value for name, value in ema_model.state_dict().items()}
+    own = persistent_tensors(ema_model)
 
     def checked() -> Saved:
         found = Saved.of(state)
@@ -67,56 +68,35 @@ def spread_from_first(state: object, ema_model: nn.Module) -> Saved:
     )
 
 
-def fitted(
-    found: Saved, ema_model: nn.Module, plan: Plan, precision: str
-) -> tuple[dict[str, Any], Memory, list[str]]:
-    """Check that it fits, and convert it.
+def load(found: Saved, ema_model: nn.Module, plan: Plan) -> list[str]:
+    """Check that a state fits, then write its values into the EMA's tensors.
 
     Args:
         found: What was saved.
         ema_model: The EMA model.
         plan: Its plan, not stale.
-        precision: How bf16 and fp16 EMA tensors are averaged.
 
     Returns:
-        What the EMA model is to load; what the next plan has to know beside it; and remarks on
-        what was lost.
+        Remarks on what was lost.
 
     Raises:
         ValueError: Names or shapes do not fit.
     """
-    state = ema_model.state_dict()
-    names = {clean_name(name): name for name in state}
-    own = dict(zip(names, state.values(), strict=True))
+    own = persistent_tensors(ema_model)
     found.check_fit(own)
-    exact = {name: exact.pair.name for name, exact in plan.exact_in(own).items()}
     found = found._replace(
-        weights=_parts(found.weights, own), companions=_parts(found.companions, own)
+        weights={name: shards.part_of(value, own[name]) for name, value in found.weights.items()},
+        companions={
+            name: shards.part_of(value, own[name]) for name, value in found.companions.items()
+        },
     )
-    parts = {name: shards.local(value) for name, value in own.items()}
-    weights, values, remarks = found.converted(parts, exact)
-    seed, updates = plan.seed, plan.updates
-    if precision == "stochastic":
-        if found.precision == "stochastic":
-            seed, updates = found.seed, found.updates
-        elif found.precision is None:
-            remarks.append(
-                "a module's state dict does not tell from where stochastic rounding goes on, which "
-                f"keeps its seed {seed} and its count of {updates} updates"
-            )
-    loaded = renamed(
-        found.weights,
-        lambda name: names.get(name, name),
-        lambda name, _: shards.like(weights[name], own[name]),
-    )
-    return loaded, Memory(values, seed, updates, plan.nonfinite_counts()), remarks
-
-
-def _parts(values: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """This rank's parts of what fits `own`, in the same order."""
-    return renamed(
-        values,
-        value=lambda name, value: (
-            shards.part_of(value, own[name]) if isinstance(value, Tensor) else value
-        ),
-    )
+    exact = {name: one for one in plan.exact for name in one.pair.names}
+    parts = {name: shards.local(tensor) for name, tensor in own.items()}
+    values, remarks = found.converted(parts, exact)
+    for name, value in values.items():
+        if name in exact:
+            split(value, exact[name].weight, exact[name].companion)
+        else:
+            parts[name].copy_(value)
+    plan.wrote()
+    return remarks

@@ -26,15 +26,14 @@ from ema_triton.backend import Backend, check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
 from ema_triton.interrupts import Deferred, SwapContext
-from ema_triton.loading import fitted, spread_from_first, weights_from
+from ema_triton.loading import load, spread_from_first, weights_from
 from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
 from ema_triton.pairs import (
     Slots,
     check_tensors,
-    clean_name,
     has_fractions,
     own_copy,
-    renamed,
+    persistent_tensors,
 )
 from ema_triton.plan import Memory, Plan, make_plan
 from ema_triton.precision import COMPANION_DTYPE
@@ -401,8 +400,9 @@ class ModelEMA:
         Of a sharded model the tensors are `DTensor`s, which `torch.distributed.checkpoint` saves
         from, and loads onto, any number of ranks. It holds the update index, the schedule (as
         JSON; None for a function that is not one of `ema_triton.schedules`), the EMA model's
-        weights, what an exact EMA keeps beside them ("companions"), and from where stochastic
-        rounding goes on ("rounding").
+        parameters and persistent buffers ("weights"), what an exact EMA keeps beside them
+        ("companions"), and from where stochastic rounding goes on ("rounding"). No hooks are
+        called, and no extra state is in it: `ema_model.state_dict()` has that.
 
         Args:
             clone: Whether to copy the tensors. They are shared otherwise, as those of a module's
@@ -415,30 +415,28 @@ class ModelEMA:
         with self._lock, torch.no_grad():
             plan = self._known_plan()
             shards.reshard(self._ema_model)
-            weights = self._ema_model.state_dict()
-            found: Any = weights if self._swap is None else self._swap.outside(weights)
-            clean = renamed(
-                found, clean_name, lambda _, value: shards.like(shards.local(value), value)
-            )
-            weights_by_name = {clean_name(name): value for name, value in weights.items()}
+            own = persistent_tensors(self._ema_model)
+            weights = own if self._swap is None else self._swap.outside(own)
+            exact = {name: one for one in plan.exact for name in one.pair.names}
             companions = {
-                name: shards.like(exact.companion, weights_by_name[name])
-                for name, exact in plan.exact_in(weights_by_name).items()
-                if exact.is_in_place()
+                name: shards.like(exact[name].companion, value)
+                for name, value in own.items()
+                if name in exact and exact[name].is_in_place()
             }
-            for tensors in (clean, companions) if clone and not full_state_dict else ():
-                for name, value in tensors.items():
-                    if isinstance(value, Tensor):
-                        tensors[name] = value.clone()
+            if clone and not full_state_dict:
+                weights, companions = (
+                    {name: value.clone() for name, value in tensors.items()}
+                    for tensors in (weights, companions)
+                )
             if full_state_dict:
-                clean, companions = ranks.gathered(clean), ranks.gathered(companions)
+                weights, companions = ranks.gathered(weights), ranks.gathered(companions)
                 if not ranks.is_first():
                     return {}
             return {
                 "version": VERSION,
                 "update_index": self.update_index,
                 "schedule": self._schedule_as_json(),
-                "weights": clean,
+                "weights": weights,
                 "precision": self.precision,
                 "companions": companions,
                 "rounding": (
@@ -466,7 +464,6 @@ class ModelEMA:
         Raises:
             ValueError: The state is not of this kind or version, or names or shapes do not fit.
                 Nothing has been loaded then.
-            Exception: Whatever a module's own hooks raise; what was loaded before that stays.
             RuntimeError: The models' weights are swapped.
         """
         what = "load_state_dict()"
@@ -513,7 +510,6 @@ class ModelEMA:
         Raises:
             ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
                 been loaded then.
-            Exception: Whatever a module's own hooks raise; what was loaded before that stays.
             OSError: The file cannot be opened.
             RuntimeError: The models' weights are swapped.
 
@@ -531,24 +527,29 @@ class ModelEMA:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
             plan, _ = self._current_plan()
-            weights, memory, lost = fitted(found, self._ema_model, plan, self.precision)
-            lost += remarks
-            said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
-            if found.schedule is not None and self._schedule not in (None, found.schedule):
-                said.append(
-                    f"The checkpoint's schedule {found.schedule} replaces this handler's "
-                    f"{self._schedule}. To keep another one, assign handler.schedule after "
-                    "loading."
-                )
             with Deferred():
-                self._ema_model.load_state_dict(weights)
-                self._memory = memory
-                self._backend = None  # no plan counts before there is one with this memory
+                lost = [*load(found, self._ema_model, plan), *remarks]
+                if self.precision == "stochastic" and found.precision == "stochastic":
+                    counts = plan.nonfinite_counts()
+                    self._memory = Memory({}, found.seed, found.updates, counts)
+                    self._backend = None  # the next plan counts from there
+                elif self.precision == "stochastic" and found.precision is None:
+                    lost.append(
+                        "a module's state dict does not tell from where stochastic rounding goes "
+                        f"on, which keeps its seed {plan.seed} and its count of {plan.updates} "
+                        "updates"
+                    )
+                said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
                 if found.update_index is not None:
                     self.update_index = found.update_index
                 if found.schedule is not None:
+                    if self._schedule not in (None, found.schedule):
+                        said.append(
+                            f"The checkpoint's schedule {found.schedule} replaces this handler's "
+                            f"{self._schedule}. To keep another one, assign handler.schedule after "
+                            "loading."
+                        )
                     self._schedule = found.schedule
-                self._make_plan()
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=3)
 

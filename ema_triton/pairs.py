@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,11 +75,12 @@ class Slots(NamedTuple):
     buffers: dict[str, Slot]
     empty_buffers: dict[str, Slot]  # which hold None, for now
     caches: set[str]  # names of the buffers that are not persistent
+    persistent: dict[str, Slot]  # all others, in the order of the model's state dict
 
     @classmethod
     def of(cls, model: nn.Module) -> Slots:
         """Find them all."""
-        slots = cls({}, {}, {}, set())
+        slots = cls({}, {}, {}, set(), {})
         for prefix, module in model.named_modules(remove_duplicate=False):
             for found, owner in (
                 (slots.parameters, module._parameters),
@@ -94,6 +94,8 @@ class Slots(NamedTuple):
                         slots.empty_buffers[name] = Slot(owner, key)
                     if key in module._non_persistent_buffers_set:
                         slots.caches.add(name)
+                    elif tensor is not None:
+                        slots.persistent[name] = Slot(owner, key)
         return slots
 
 
@@ -104,6 +106,28 @@ WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 def clean_name(name: str) -> str:
     """The name without what wrappers inside the model put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
+
+
+def clean_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A module's state dict by clean name, without extra state, which is not a weight."""
+    return {
+        clean_name(name): value
+        for name, value in state.items()
+        if name.rpartition(".")[2] != "_extra_state"
+    }
+
+
+def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and persistent buffers by clean name, without autograd.
+
+    A sharded one is a `DTensor` around this rank's part; a tied one stands under each of its names.
+    """
+    found: dict[str, Tensor] = {}
+    for name, slot in Slots.of(model).persistent.items():
+        whole = slot.whole()
+        assert whole is not None  # empty slots are not listed
+        found[name] = shards.like(shards.local(whole.detach()), whole.detach())
+    return found
 
 
 def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot]) -> list[Pair]:
@@ -284,29 +308,6 @@ def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
             f"{kind} '{name}' {found.reason}, and can be neither averaged nor copied. "
             f"{found.remedy}"
         )
-
-
-def renamed(
-    state: Mapping[str, Any],
-    name: Callable[[str], str | None] = str,
-    value: Callable[[str, Any], Any] = lambda _, value: value,
-) -> dict[str, Any]:
-    """A module's state dict with other names, those that become None left out, and other values.
-
-    It keeps the modules' versions, which `nn.Module.load_state_dict` looks for in `_metadata`.
-    """
-    names = {key: new for key in state if (new := name(key)) is not None}
-    found: Any = OrderedDict((new, value(key, state[key])) for key, new in names.items())
-    versions = getattr(state, "_metadata", None)
-    found._metadata = OrderedDict(
-        (new, version)
-        for key, version in (versions.items() if isinstance(versions, Mapping) else ())
-        if isinstance(key, str)
-        and isinstance(version, Mapping)
-        and type(version.get("version")) in (int, type(None))
-        and (new := name(key)) is not None
-    )
-    return found  # type: ignore[no-any-return]
 
 
 def _check_layouts(name: str, online: Tensor | None, ema: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,22 +101,6 @@ class Plan:
         values = {pair.name: join(weight, companion) for pair, weight, companion in self.exact}
         return Memory(values, self.seed, self.updates, self.nonfinite_counts())
 
-    def exact_in(self, state: Mapping[str, Any]) -> dict[str, Exact]:
-        """Which of a module's state, by clean name, are exact, whatever it calls them."""
-        by_address = {
-            exact.weight.data_ptr(): exact for exact in self.exact if exact.weight.numel()
-        }
-        by_name = {name: exact for exact in self.exact for name in exact.pair.names}
-        found = {}
-        for name, value in state.items():
-            # A hook may have copied the tensor, or changed the name.
-            value = shards.local(value)
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                exact = by_address.get(value.data_ptr()) or by_name.get(name)
-                if exact is not None and value.shape == exact.pair.ema.shape:
-                    found[name] = exact
-        return found
-
     def nonfinite_counts(self) -> dict[str, int]:
         """How many values of each averaged tensor were skipped in all; waits for the device."""
         counts = {**self.nonfinite}
@@ -200,7 +184,7 @@ def make_plan(
         if pair.online.numel():
             by_key.setdefault((key, pair.name if anchored else None), []).append(pair)
         elif sharded and key.precision == "exact":  # other ranks have a part of it, and beside it
-            weight = as_real(pair.ema)
+            weight = as_real(pair.ema).to(key.ema_dtype)
             exact.append(Exact(pair, weight, weight.to(COMPANION_DTYPE[key.ema_dtype])))
     past = _Past.of(previous, memory)
     kept = buffers if handle_buffers == "ema_train" else []

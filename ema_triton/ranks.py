@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ema_triton import shards
-from ema_triton.pairs import renamed
 
 T = TypeVar("T")
 
@@ -43,28 +42,24 @@ def from_first(make: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def gathered(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors, copied to the CPU of rank 0, one after the other; elsewhere nothing."""
-
-    def whole(_: str, value: Any) -> Any:  # noqa: ANN401
-        if shards.is_sharded(value):
-            value = shards.gathered(value)
-        if not is_first():
-            return None
-        return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-    found = renamed(tensors, value=whole)
-    return found if is_first() else {}
+    found = {}
+    for name, value in tensors.items():
+        whole = shards.gathered(value) if shards.is_sharded(value) else value
+        if is_first():
+            found[name] = whole.to("cpu", copy=True)
+    return found
 
 
-def hollow(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def hollow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with tensors that have no values."""
-    return renamed(tensors, value=lambda _, v: v.to("meta") if isinstance(v, Tensor) else v)
+    return {name: value.to("meta") for name, value in tensors.items()}
 
 
 def spread(
-    hollows: Mapping[str, Any], tensors: Mapping[str, Any], own: Mapping[str, Any]
-) -> dict[str, Any]:
+    hollows: Mapping[str, Tensor], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The parts of rank 0's whole `tensors`, sharded as `own`; the other ranks' are not looked at.
 
     Args:
@@ -72,17 +67,13 @@ def spread(
         tensors: With values, on rank 0.
         own: What they are for, by the same names.
     """
-
-    def part(name: str, value: Any) -> Any:  # noqa: ANN401
-        if not isinstance(value, Tensor):
-            return value
-        mine = own[name]  # a module's extra state may be a tensor there and something else here
-        device = shards.local(mine).device if isinstance(mine, Tensor) else None
+    found = {}
+    for name, value in hollows.items():
+        device = shards.local(own[name]).device
         whole = torch.empty(value.shape, dtype=value.dtype, device=device)
         if is_first():
             whole.copy_(tensors[name])
         if _in_group():
             dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-        return shards.like(shards.part_of(whole, mine).clone(), mine)
-
-    return renamed(hollows, value=part)
+        found[name] = shards.like(shards.part_of(whole, own[name]).clone(), own[name])
+    return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor
 
 from ema_triton import shards
-from ema_triton.pairs import INTEGERS, clean_name, elements, flaw, renamed
+from ema_triton.pairs import INTEGERS, clean_weights, elements, flaw
 
 PLAIN = "a module's state dict"
 WRAPPED = "a wrapped module's state dict"
@@ -24,9 +23,8 @@ class Wrapper(NamedTuple):
     counter: str | None  # the one of them that counts the updates
 
     def inner(self, name: str) -> str | None:
-        """The name without the prefix, which is also the inner module's own; None: another's."""
-        dotted = f"{name}."
-        return dotted[len(self.prefix) : -1] if dotted.startswith(self.prefix) else None
+        """The name without the prefix; None: it has none."""
+        return name[len(self.prefix) :] if name.startswith(self.prefix) else None
 
 
 # DistributedDataParallel, DataParallel and timm's ModelEmaV2 and V3 cannot be told apart.
@@ -40,7 +38,7 @@ WRAPPERS = (
 class Found(NamedTuple):
     """The weights that a state holds, and what else it tells."""
 
-    weights: dict[str, Any]  # by clean name; with _metadata, the modules' versions, if it has them
+    weights: dict[str, Any]  # by clean name
     source: str
     updates: int | None  # as that library counts them; None: it does not tell
     kept: list[str]  # names that it does not have, whose values are the EMA model's own
@@ -94,14 +92,18 @@ def _by_name(state: Mapping[Any, Any], own: Mapping[str, Any]) -> Found | None:
     """With as many prefixes taken off as makes the names fit best; None: it holds no weights."""
     if not all(isinstance(name, str) for name in state):
         return None
-    weights = renamed(state, clean_name)
+    weights = clean_weights(state)
     source, updates = PLAIN, None
     best = Found(weights, source, updates, [])
     while (wrapper := _wrapper(weights)) is not None:
         if source in (PLAIN, WRAPPED):  # the outermost one that tells something
             source = wrapper.source
             updates = _count(weights.get(wrapper.counter)) if wrapper.counter else None
-        weights = renamed(weights, wrapper.inner)
+        weights = {
+            inner: value
+            for name, value in weights.items()
+            if (inner := wrapper.inner(name)) is not None
+        }
         if len(weights.keys() ^ own.keys()) < len(best.weights.keys() ^ own.keys()):
             best = Found(weights, source, updates, [])
     if not best.weights.keys() & own.keys() and (
@@ -150,7 +152,7 @@ def _by_order(
     by_place = {
         place: by_name[name] for name in names if (place := _elements(own[name])) is not None
     }
-    weights: dict[str, Any] = OrderedDict()
+    weights: dict[str, Any] = {}
     kept = []
     for name, value in own.items():
         if name in by_name:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ema_triton import shards
-from ema_triton.pairs import INTEGERS, REAL_DTYPE, clean_name, flaw, listed, renamed, storage
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join, shown
+from ema_triton.pairs import INTEGERS, REAL_DTYPE, clean_weights, flaw, listed, storage
+from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 
 # The format of ModelEMA.state_dict().
@@ -49,7 +49,7 @@ class Saved(NamedTuple):
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
-            return cls(renamed(state, clean_name), {}, None, 0, 0, None, None)
+            return cls(clean_weights(state), {}, None, 0, 0, None, None)
         version = state.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(
@@ -64,8 +64,8 @@ class Saved(NamedTuple):
                 "Give another copy of the checkpoint."
             ) from error
 
-    def check_fit(self, own: Mapping[str, Any]) -> None:
-        """Compare with the EMA model's own state, by clean name.
+    def check_fit(self, own: Mapping[str, Tensor]) -> None:
+        """Compare with the EMA model's own tensors, by clean name.
 
         Raises:
             ValueError: Names, shapes or kinds of tensors differ.
@@ -75,13 +75,12 @@ class Saved(NamedTuple):
         unexpected += [
             f"'{name}' has a companion and no weight"
             for name in self.companions
-            if name not in self.weights or not isinstance(own.get(name), Tensor) or _is_extra(name)
+            if name not in self.weights
         ]
         differing = [
             problem
             for name, tensor in own.items()
-            # Whatever a module makes of its extra state.
-            if isinstance(tensor, Tensor) and name in self.weights and not _is_extra(name)
+            if name in self.weights
             for problem in self._problems(name, tensor)
         ]
         problems = [
@@ -123,40 +122,31 @@ class Saved(NamedTuple):
         return []
 
     def converted(
-        self, own: Mapping[str, Any], exact: Mapping[str, str]
-    ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-        """The weights for an EMA model to load; exact values; and remarks on what was lost.
+        self, own: Mapping[str, Tensor], exact: Container[str]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """The values for an EMA model, all in memory of their own; and remarks on what was lost.
 
         Args:
-            own: The EMA model's state, which this one fits.
-            exact: Names of those that are exact, and what their values go by.
-
-        Returns:
-            Weights by name, where they are exact as they show; fp32 values of those.
+            own: This rank's parts of the EMA model's tensors, which this state's fit.
+            exact: Names of those that are exact: their values are fp32, complex ones as reals.
         """
-        weights: dict[str, Any] = {}
         values: dict[str, Tensor] = {}
         rounded: list[str] = []
         unknown: list[str] = []
-        shared = {storage(tensor) for tensor in own.values() if isinstance(tensor, Tensor)}
-        for name in self.weights:
-            mine, value = own[name], self._value(name)
-            if isinstance(value, Tensor) and storage(value) in shared:
+        shared = set(map(storage, own.values()))
+        for name, tensor in own.items():
+            value, target = self._value(name), tensor.dtype
+            if storage(value) in shared:
                 value = value.clone()  # it may be overwritten before its turn
-            weights[name] = value
-            if not isinstance(mine, Tensor) or _is_extra(name):
-                continue
-            target = mine.dtype
             if name in exact:
-                real = as_real(value)
-                if self.precision is None and real.dtype in COMPANION_DTYPE:
+                target = torch.complex64 if tensor.is_complex() else torch.float32
+                if self.precision is None and as_real(value).dtype in COMPANION_DTYPE:
                     unknown.append(name)
-                full = values[exact[name]] = real.to(mine.device, torch.float32)
-                low = shown(full, as_real(mine).dtype)
-                weights[name] = torch.view_as_complex(low) if mine.is_complex() else low
-                target = torch.complex64 if mine.is_complex() else torch.float32
             if _loses_digits(value, target):
                 rounded.append(name)
+            if name in exact:
+                value = as_real(value).to(tensor.device, torch.float32, copy=True)
+            values[name] = value
         remarks = []
         if rounded:
             remarks.append(
@@ -167,11 +157,11 @@ class Saved(NamedTuple):
                 f"what was rounded off {listed(unknown)} is not in a module's state dict, and the "
                 "exact EMA goes on from the weights as they are"
             )
-        return weights, values, remarks
+        return values, remarks
 
-    def _value(self, name: str) -> Any:  # noqa: ANN401
+    def _value(self, name: str) -> Tensor:
         """What was saved by this name: of an exact tensor its fp32 value, else as it is."""
-        weight = self.weights[name]
+        weight: Tensor = self.weights[name]
         if name not in self.companions:
             return weight
         value = join(as_real(weight), self.companions[name].to(weight.device))
@@ -193,7 +183,7 @@ def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
         schedule = schedule_from_state(json.loads(state["schedule"]))
         momentum_from(schedule, update_index + 1)
     return {
-        "weights": renamed(state["weights"]),
+        "weights": {**state["weights"]},
         "companions": {**state["companions"]},
         "precision": precision,
         "update_index": update_index,
@@ -204,10 +194,6 @@ def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _is_extra(name: str) -> bool:
-    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _loses_digits(value: Tensor, target: torch.dtype) -> bool:

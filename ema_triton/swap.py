@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ema_triton import shards
 from ema_triton.buckets import Bucket
-from ema_triton.pairs import listed, renamed
+from ema_triton.pairs import listed
 from ema_triton.places import Place
 from ema_triton.plan import Plan
 
@@ -119,17 +119,13 @@ class Swap:
                 stacklevel=4,
             )
 
-    def outside(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """The EMA model's state, some of whose values are in the online model now."""
-        where = {pair.ema.data_ptr(): pair.online.detach() for pair in self._moved}
-
-        def value_of(_: str, value: Any) -> Any:  # noqa: ANN401
-            if not isinstance(value, Tensor):
-                return value
-            online = where.get(shards.local(value).data_ptr())
-            return value if online is None else shards.like(online, value)
-
-        return renamed(weights, value=value_of)
+    def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The EMA model's weights, some of whose values are in the online model now."""
+        online = {name: pair.online.detach() for pair in self._moved for name in pair.names}
+        return {
+            name: shards.like(online[name], value) if name in online else value
+            for name, value in weights.items()
+        }
 
     def _restore(self) -> None:
         with torch.no_grad():

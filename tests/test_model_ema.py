@@ -310,25 +310,6 @@ def test_state_round_trip() -> None:
     assert torch.equal(other.ema_model.frozen, ema.ema_model.frozen)
 
 
-def test_the_state_keeps_the_modules_versions() -> None:
-    class Versioned(nn.Linear):
-        _version = 2
-        seen: list[int | None]
-
-        def _load_from_state_dict(self, state, prefix, metadata, *rest) -> None:
-            self.seen.append(metadata.get("version"))
-            super()._load_from_state_dict(state, prefix, metadata, *rest)
-
-    model = nn.Sequential(Versioned(2, 2))
-    Versioned.seen = []
-    ema = ModelEMA(model)
-    file = io.BytesIO()
-    torch.save(ema.state_dict(), file)
-    file.seek(0)
-    ema.load_state_dict(torch.load(file, weights_only=True))
-    assert Versioned.seen == [2]
-
-
 @pytest.mark.parametrize(
     ("damage", "text"),
     [

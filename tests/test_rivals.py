@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_triton import ModelEMA
 from ema_triton.files import read
-from ema_triton.pairs import clean_name
+from ema_triton.pairs import clean_name, persistent_tensors
 from ema_triton.rivals import Found, weights_of
 from ema_triton.saved import Saved
 
@@ -50,7 +50,7 @@ def train(model: nn.Module) -> None:
 
 
 def own_of(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    own = {clean_name(name): value for name, value in model.state_dict().items()}
+    own = persistent_tensors(model)
     return own, [clean_name(name) for name, _ in model.named_parameters()]
 
 
@@ -90,7 +90,6 @@ def test_a_module() -> None:
     found = recognised(model.state_dict(), model)
     assert_holds(found, model)
     assert found[1:] == ("a module's state dict", None, [])
-    assert found.weights._metadata["1"] == {"version": 2}
 
 
 def test_ignite() -> None:
@@ -114,7 +113,6 @@ def test_torch_averaged_model() -> None:
     found = recognised(averaged.state_dict(), model)
     assert_holds(found, averaged.module)
     assert found[1:] == ("torch's AveragedModel", 3, [])
-    assert found.weights._metadata["1"] == {"version": 2}
     assert not torch.equal(found.weights["0.weight"], model[0].weight)
 
 
@@ -149,7 +147,6 @@ def test_timm_checkpoint() -> None:
             found.weights[name], expected.to(value.dtype) + (6 if "num" in name else 0)
         )
     assert found[1:] == ("timm's checkpoint", None, [])
-    assert found.weights._metadata["1"] == {"version": 2}
 
 
 def test_timm_model_ema() -> None:
@@ -182,8 +179,7 @@ def test_diffusers(kind: Callable[[], nn.Module]) -> None:
     for parameter, shadow in zip(averaged.parameters(), state["shadow_params"], strict=True):
         assert not torch.equal(parameter, shadow)
         parameter.data.copy_(shadow)
-    extra = ["_extra_state"] if kind is Tied else []
-    assert found.kept == sorted(kept + extra, key=[*model.state_dict()].index)
+    assert found.kept == sorted(kept, key=[*model.state_dict()].index)
     assert_holds(found._replace(kept=kept), averaged, *kept)
     assert (found.source, found.updates) == ("diffusers' EMAModel", 3)
 
@@ -236,7 +232,6 @@ def test_wrappers_in_any_nesting(nesting: str) -> None:
     assert_holds(found, model)
     assert found.source == source
     assert found.updates == (0 if "averaged" in nesting else None)
-    assert found.weights._metadata["1"] == {"version": 2}
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
@@ -441,7 +436,7 @@ def mangle(state: dict, draw: random.Random) -> dict:
     for _ in range(draw.randrange(1, 5)):
         keys = [*state]
         key = draw.choice(keys) if keys else "x"
-        what = draw.randrange(8)
+        what = draw.randrange(7)
         if what == 0:
             state.pop(key, None)
         elif what == 1:
@@ -455,10 +450,7 @@ def mangle(state: dict, draw: random.Random) -> dict:
             state = OrderedDict((f"{prefix}{name}", value) for name, value in state.items())
         elif what == 5:
             state = {draw.choice(KEYS): state, draw.choice(KEYS): draw.choice(junk())}
-        elif what == 6:
-            state = OrderedDict(state)
-            state._metadata = draw.choice([*junk(), {"module": 3, 4: {}}, {"": {"version": 1}}])
-        elif what == 7 and isinstance(state.get("shadow_params"), list):
+        elif what == 6 and isinstance(state.get("shadow_params"), list):
             shadows = [*state["shadow_params"], None]
             shadows[draw.randrange(len(shadows))] = draw.choice(junk())
             state["shadow_params"] = shadows[: draw.randrange(len(shadows), len(shadows) + 2) - 1]
@@ -498,10 +490,6 @@ def test_mangled_states_are_errors_or_make_sense() -> None:
         assert all(isinstance(name, str) for name in found.weights)
         assert found.updates is None or (type(found.updates) is int and found.updates >= 0)
         assert all(found.weights[name] is own[name] for name in found.kept)
-        assert all(
-            isinstance(version, dict)
-            for version in getattr(found.weights, "_metadata", {}).values()
-        )
         outcomes[found.source] += 1
     # The generator reaches all of it.
     assert len(outcomes) == 7
@@ -512,9 +500,8 @@ def test_the_state_is_left_as_it_was() -> None:
     model = net()
     own, parameters = own_of(model)
     state = AveragedModel(model).state_dict()
-    names, versions = [*state], dict(state._metadata)
+    names = [*state]
     found = weights_of(state, own, parameters)
     found.weights.clear()
     assert [*state] == names
-    assert state._metadata == versions
     assert own.keys() == model.state_dict().keys()
