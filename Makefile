@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 # Exits with a message where $(PYTHON) is too old; runs in any Python, so that it can say so.
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
 
-.PHONY: help demo test bench lint gpu clean
+.PHONY: help demo test ptx bench lint gpu clean
 help:
 	@echo "make demo    train a small net with EMA on handwritten digits"
 	@echo "make test    run the tests"
+	@echo "make ptx     run the compiled kernels on the CPU, for every GPU"
 	@echo "make bench   time one EMA update beside its rivals (some 15 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu     run the GPU tests in the environment of PYTHON, installing nothing"
@@ -26,7 +27,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore=tests/ptx
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 tests/ptx
+
+ptx: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -m "" tests/ptx
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench run

@@ -1,0 +1,128 @@
+"""Launches of `ema_triton.launch`, compiled for an NVIDIA GPU and executed on the CPU.
+
+Triton compiles for any GPU on any machine. What it asks a driver for is which GPU is there, and
+`Target` answers; what a kernel is launched with, constants and alignments included, is what
+`launch.py` launches it with, since a `Kernel` stands in the place of the jitted function there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ema_triton import kernels, launch
+from ema_triton.buckets import CHUNK, Bucket
+from tests.ptx.machine import Launch, Program
+from tests.ptx.memory import Memory, Span
+
+ARCHITECTURES = (80, 90, 100)
+
+# Decoding takes longer than a small launch.
+decoded = lru_cache(256)(Program)
+
+
+class Kernel:
+    """Stands in the place of a jitted function, and is launched in the same way."""
+
+    def __init__(self, jitted: triton.JITFunction, edit: Callable[[str], str] = str) -> None:
+        self.jitted, self.edit = jitted, edit
+        self.spans: list[list[Span]] = []  # what each block may touch, beside what all may read
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int], *values: Any, **options: Any) -> None:
+        compiled = self.jitted.warmup(*values, grid=grid, **options)
+        arguments = dict(zip(self.jitted.arg_names, values, strict=False))
+        arguments = {
+            name: value
+            for name, value in arguments.items()
+            if compiled.src.signature[name] != "constexpr"
+        }
+        everyone = [
+            Span.of(name, arguments[name])
+            for name in ("draws_ptr", "momentum_ptr")
+            if name in arguments
+        ]
+        program = decoded(self.edit(compiled.asm["ptx"]))
+        # Behind its arguments a program has pointers to scratch memory, which it does not use.
+        parameters = [*map(_bits, arguments.values()), *[np.zeros((1, 1), "u8")] * 2]
+        memory = Memory(everyone, self.spans)
+        program.run(Launch(grid[0], parameters, compiled.metadata.shared, memory))
+
+
+def _bits(value: Tensor | float) -> np.ndarray:
+    if isinstance(value, Tensor):
+        return np.full((1, 1), value.data_ptr(), "u8")
+    return np.full((1, 1), value, "f8").view("u8")
+
+
+@contextmanager
+def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterator[None]:
+    """Here `launch.py` launches on CPU tensors, compiled for sm_80, sm_90 or sm_100.
+
+    Args:
+        architecture: 80, 90 or 100.
+        edit: Changes the PTX before it is executed.
+    """
+    target = SimpleNamespace(
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+    )
+    update, exchange = Kernel(kernels.ema_update, edit), Kernel(kernels.exchange, edit)
+    launch_update, launch_exchange = launch._launch, launch.exchange
+
+    def updating(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
+        update.spans = spans_of(bucket)
+        launch_update(bucket, momentum, chunks)
+
+    def exchanging(bucket: Bucket) -> None:
+        exchange.spans = spans_of(bucket, exchanges=True)
+        launch_exchange(bucket)
+
+    before = dict(vars(driver))
+    with pytest.MonkeyPatch.context() as patch:
+        driver.set_active(target)
+        patch.setattr(launch, "device_obstacle", lambda device: None)
+        patch.setattr(launch, "ema_update", update)
+        patch.setattr(kernels, "exchange", exchange)
+        patch.setattr(launch, "_launch", updating)
+        patch.setattr(launch, "exchange", exchanging)
+        try:
+            yield
+        finally:
+            vars(driver).update(before)
+
+
+def spans_of(bucket: Bucket, *, exchanges: bool = False) -> list[list[Span]]:
+    """What each block of a launch may touch: its chunk of one tensor, and what belongs to it."""
+    found = []
+    for name, offset, source in zip(bucket.names, bucket.offsets, bucket.sources, strict=True):
+        for begin in range(0, source.numel(), CHUNK):
+            end, number = min(begin + CHUNK, source.numel()), len(found)
+            online, ema = slice(begin, end), slice(offset + begin, offset + end)
+            row = slice(3 * number, 3 * number + 3)
+            spans = [
+                Span.of(f"EMA of {name}", bucket.flat, ema, writable=True),
+                Span.of(f"online {name}", source, online, writable=exchanges),
+                Span.of("its row of the table", bucket.chunk_table, row),
+            ]
+            if bucket.companion is not None and not exchanges:
+                beside = Span.of(f"companion of {name}", bucket.companion, ema, writable=True)
+                spans.append(beside)
+            if bucket.counters is not None and not exchanges:
+                one = slice(number, number + 1)
+                spans.append(Span.of("its counter", bucket.counters, one, writable=True))
+            found.append(spans)
+    return found
