@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("tqdm")
+
 from bench import around, cold, drift, gate, host, measure, peers, report, run, scaling, step
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject

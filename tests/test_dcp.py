@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ignite.engine import Engine
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+pytest.importorskip("ignite")
+
+from ignite.engine import Engine
 
 from ema_triton import CountWarmup, EMAHandler, HalfLife, LinearWarmup, ModelEMA
 from ema_triton.shards import local

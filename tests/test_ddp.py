@@ -7,9 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("ignite")
+
+from ignite.engine import Engine, Events
 
 from ema_triton import EMAHandler, ModelEMA
 from tests.ranks import run

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+pytest.importorskip("safetensors")
+
+import safetensors.torch
 
 from ema_triton import ModelEMA
 from ema_triton.files import read, write_weights

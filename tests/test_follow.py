@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_triton import EMAHandler, ModelEMA
+from ema_triton import ModelEMA
 from ema_triton.schedules import (
     Constant,
     CosineRamp,
@@ -297,19 +297,20 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(again: object) -> None:
 
 # --- A delayed schedule -------------------------------------------------------------------------
 
-ignite_engine = pytest.importorskip("ignite.engine")
-Engine, Events = ignite_engine.Engine, ignite_engine.Events
-
 
 class Line:
     """A model of one weight, an engine that adds 1 to it, and what a handler did and showed."""
 
-    def __init__(self, *, event: object = Events.ITERATION_COMPLETED, **options: object) -> None:
+    def __init__(self, *, every: int = 1, **options: object) -> None:
+        ignite = pytest.importorskip("ignite.engine")
+        from ema_triton import EMAHandler
+
         self.model = nn.Linear(1, 1, bias=False)
         self.model.weight.data.fill_(0.0)
+        self.step = lambda: self.model.weight.data.add_(1.0)
         self.handler = EMAHandler(self.model, **options)
-        self.engine = Engine(lambda engine, batch: self.model.weight.data.add_(1.0).item())
-        self.event, self.seen = event, []
+        self.engine = ignite.Engine(lambda engine, batch: self.step().item())
+        self.event, self.seen = ignite.Events.ITERATION_COMPLETED(every=every), []
 
     def run(self, iterations: int) -> Line:
         self.handler.attach(self.engine, event=self.event)
@@ -343,7 +344,7 @@ def test_the_schedule_counts_from_where_averaging_begins() -> None:
 
 
 def test_the_delay_is_in_updates_not_iterations() -> None:
-    line = Line(schedule=delayed(2), event=Events.ITERATION_COMPLETED(every=3))
+    line = Line(schedule=delayed(2), every=3)
     assert line.run(12).seen == [(1.0, 3.0), (1.0, 6.0), (0.5, 7.5), (0.5, 9.75)]
     assert line.handler.update_index == 4
 
@@ -368,6 +369,6 @@ def test_in_the_delay_the_ema_is_the_online_model_whatever_the_scale(scale: floa
 def test_in_the_delay_no_old_value_stays(old: float, new: float) -> None:
     line = Line(schedule=delayed(3))
     values = iter([old, new])
-    line.engine = Engine(lambda engine, batch: line.model.weight.data.fill_(next(values)).item())
+    line.step = lambda: line.model.weight.data.fill_(next(values))
     line.run(2)
     assert line.handler.ema_model.weight.item() == torch.tensor(new).item()

@@ -7,12 +7,13 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_triton import EMAHandler, ModelEMA
+from ema_triton import ModelEMA
 from ema_triton.precision import join
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +29,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str, kernel_device: torch.device) -> torch.device:
     return kernel_device if backend == "triton" else torch.device("cpu")
+
+
+def handler_of(model: nn.Module, *arguments: object, **options: object) -> Any:
+    """An `EMAHandler`, where ignite is installed."""
+    pytest.importorskip("ignite")
+    from ema_triton import EMAHandler
+
+    return EMAHandler(model, *arguments, **options)
 
 
 class Net(nn.Module):
@@ -234,7 +243,7 @@ def test_states_go_from_one_choice_to_another(
 def test_a_pattern_that_matches_nothing_is_an_error(argument: str, pattern: str, near: str) -> None:
     given = {pattern: 0.5} if argument == "momentum_scale" else ["head", pattern]
     text = rf"^{argument}: '{pattern}' matches no parameter, buffer or module.*{re.escape(near)}"
-    for build in (ModelEMA, EMAHandler):
+    for build in (ModelEMA, handler_of):
         with pytest.raises(ValueError, match=text):
             build(Net(), **{argument: given})
     ModelEMA(Net(), **{argument: {"head": 0.5} if argument == "momentum_scale" else "head"})
@@ -266,7 +275,7 @@ def test_names_match_whole_and_in_case(pattern: str) -> None:
     ],
 )
 def test_wrong_patterns_and_factors_are_refused(arguments: dict, error: type, text: str) -> None:
-    for build in (ModelEMA, EMAHandler):
+    for build in (ModelEMA, handler_of):
         with pytest.raises(error, match=text):
             build(Net(), **arguments)
 
@@ -284,7 +293,7 @@ def test_the_handler_passes_all_of_it_on(backend: str, device: torch.device) -> 
     engine_module = pytest.importorskip("ignite.engine")
     model = Net().to(device)
     patterns = {"include": ["head", "layer10", "inner"], "exclude": "*.bias"}
-    handler = EMAHandler(
+    handler = handler_of(
         model, 0.25, backend=backend, momentum_scale={"head": 0.5}, nonfinite="skip", **patterns
     )
     with torch.no_grad():
@@ -302,7 +311,7 @@ def test_the_handler_passes_all_of_it_on(backend: str, device: torch.device) -> 
 # --- Models that cannot be copied ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [ModelEMA, EMAHandler])
+@pytest.mark.parametrize("build", [ModelEMA, handler_of])
 @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(2), nn.LazyBatchNorm1d])
 @pytest.mark.parametrize("patterns", [{}, {"exclude": "*"}])
 def test_a_lazy_module_needs_a_forward_first(build: type, make: type, patterns: dict) -> None:
@@ -330,7 +339,7 @@ def computed() -> Iterator[nn.Module]:
         yield model
 
 
-@pytest.mark.parametrize("build", [ModelEMA, EMAHandler])
+@pytest.mark.parametrize("build", [ModelEMA, handler_of])
 @pytest.mark.parametrize("make", [Locked, computed().__next__])
 def test_what_cannot_be_copied_asks_for_an_ema_model(
     build: type, make: type, backend: str, device: torch.device

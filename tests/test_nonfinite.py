@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ema_triton import EMAHandler, ModelEMA, reference
+from ema_triton import ModelEMA, reference
 from ema_triton.precision import PRECISIONS, join
 from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout
 
@@ -327,6 +327,8 @@ def test_propagate_counts_nothing_and_says_so() -> None:
 
 def test_a_trainer_goes_on() -> None:
     engine_module = pytest.importorskip("ignite.engine")
+    from ema_triton import EMAHandler
+
     model = nn.Linear(1, 1, bias=False)
     engine = engine_module.Engine(lambda engine, batch: model.weight.data.fill_(batch).item())
     model.weight.data.fill_(0.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytest.importorskip("tqdm")
 
 from bench import tune
 from bench.measure import Stopwatch
