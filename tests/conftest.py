@@ -4,6 +4,7 @@ The interpreter is chosen when triton is imported, so this comes before any such
 """
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -43,6 +44,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def kernel_device() -> torch.device:
     """The device on which the Triton backend runs in this session."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=GPU)
+def _device_modes_end_with_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A capture, or a check for synchronisation, left open by one test would fail the next ones."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    stream = torch.cuda.current_stream()
+    yield
+    torch.cuda.set_stream(stream)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_triton import ModelEMA
 from ema_triton.shards import local
+from tests.test_gpu import no_synchronisation
 
 pytestmark = pytest.mark.gpu
 
@@ -81,11 +82,8 @@ def test_an_update_of_shards_does_not_wait(dtype) -> None:
     model = shard(network(dtype))
     ema = ModelEMA(model)
     ema.update(0.25)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         ema.update(0.25)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -403,6 +403,13 @@ def test_a_momentum_tensor_on_the_cpu_is_a_number() -> None:
     assert torch.equal(ema.ema_model.bias, before + 0.5)
 
 
+def test_a_momentum_tensor_on_another_device_is_an_error() -> None:
+    ema = ModelEMA(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"momentum is a tensor on meta, but 'bias' is on cpu"):
+        ema.update(torch.tensor(0.5, device="meta"))
+    assert ema.update_index == 0
+
+
 def test_bad_arguments_list_the_accepted_ones() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"'copy', 'update', 'ema_train', but got 'swap'"):
