@@ -207,8 +207,8 @@ class ModelEMA:
         Args:
             momentum: The weight of the online weights, in [0, 1]: a float, or a 0-d floating
                 tensor. One on the model's device is read by the kernel, so that a captured CUDA
-                graph follows its value (update once with it before the capture, to compile, and
-                keep this object as long as the graph); nothing waits for the device. 1 copies.
+                graph follows its value (update once with it before the capture, and keep this
+                object as long as the graph); nothing waits for the device. 1 copies.
 
         Raises:
             ValueError: The momentum is out of range, or a tensor changed its shape or vanished.

@@ -413,16 +413,30 @@ def test_a_compiled_training_step() -> None:
         torch.testing.assert_close(ours.detach().double(), truth, rtol=1e-6, atol=1e-6)
 
 
-def test_recompilation_is_not_needed_for_a_new_momentum() -> None:
-    pytest.importorskip("triton")
+def test_no_update_compiles_or_loads_a_kernel() -> None:
+    launch = pytest.importorskip("ema_triton.launch")
     import triton
 
-    ema = ModelEMA(nn.Linear(8, 8).cuda(), backend="triton")
-    ema.update(0.1)
     compiled: list[object] = []
     runtime = triton.knobs.runtime
     with runtime.scope():
         runtime.jit_post_compile_hook = lambda **information: compiled.append(information)
-        for momentum in (0.0, 0.5, 1.0, 1e-4):
+        launch.ema_update.device_caches.clear()  # of what other tests have compiled
+        ema = ModelEMA(nn.Linear(8, 8).cuda(), backend="triton")
+        assert len(compiled) == 3
+        for momentum in (0.0, 0.5, 1.0, 1e-4, torch.tensor(0.5, device="cuda")):
             ema.update(momentum)
-    assert compiled == []
+        assert len(compiled) == 3
+        ema.update(torch.tensor(0.5, device="cuda", dtype=torch.float64))  # the control
+        assert len(compiled) == 4
+
+
+def test_the_first_update_with_a_tensor_may_be_captured() -> None:
+    ema = ModelEMA(nn.Linear(8, 8).cuda(), backend="triton")
+    shake(ema.model)
+    momentum = torch.tensor(1.0, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema.update(momentum)
+    graph.replay()
+    assert all(map(torch.equal, ema.ema_model.parameters(), ema.model.parameters()))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ema_triton import ModelEMA
 from ema_triton.plan import make_plan
+from ema_triton.precision import PRECISIONS
 
 launch = pytest.importorskip("ema_triton.launch")
 
@@ -23,6 +24,13 @@ class Launches:
             self.kernel[grid](*args, **kwargs)
 
         return launch_and_note
+
+    def variants(self) -> set[tuple[str, ...]]:
+        """What Triton would have compiled: dtypes of pointers, kinds of numbers, constexprs."""
+        return {
+            (*[str(getattr(arg, "dtype", type(arg))) for arg in args], str(sorted(kwargs.items())))
+            for args, kwargs in self.arguments
+        }
 
 
 @pytest.fixture
@@ -72,8 +80,24 @@ def test_preparing_compiles_and_averages_nothing(
 ) -> None:
     model = nn.Linear(3, 3).to(kernel_device)
     ema = ModelEMA(model, backend="triton")
-    assert launches.grids == [(0,)]
+    assert launches.grids == [(0,)] * 3
     assert torch.equal(ema.ema_model.weight, model.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"momentum_scale": {"*": 0.5}}])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_update_needs_no_variant_that_preparing_did_not_compile(
+    precision: str, options: dict, launches: Launches, kernel_device: torch.device
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3)).to(kernel_device)
+    ema = ModelEMA(model, backend="triton", precision=precision, exclude="1.bias", **options)
+    prepared = launches.variants()
+    tensor = torch.tensor(0.5, device=kernel_device)
+    for momentum in (0.1, 0.0, 1.0, tensor):
+        launch.update(ema._plan, momentum)
+    assert launches.variants() == prepared
+    launch.update(ema._plan, tensor.double())  # the control
+    assert launches.variants() > prepared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
