@@ -657,6 +657,8 @@ class ModelEMA:
                 "would keep old addresses. Call update() once after the last change of the models, "
                 "then capture."
             )
+        # An update on another stream may still be writing the EMA, which the new plan reads.
+        self._wait_for_devices()
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             plan = make_plan(
@@ -670,10 +672,8 @@ class ModelEMA:
                 previous=self._plan,
                 memory=self._memory,
             )
-            for bucket in self._plan.buckets if self._plan else ():
-                # A launch on another stream may still be reading the old chunk table.
-                if bucket.key.device.type == "cuda":
-                    torch.cuda.synchronize(bucket.key.device)
+            # What reads the old plan's memory, before that is freed: the copies into the new one.
+            self._wait_for_devices()
             # The tensors lie as the plan says, whether or not a backend can be found for it.
             last, self._backend = self._backend, None
             self._plan, self._memory = plan, None
@@ -681,6 +681,12 @@ class ModelEMA:
         if last is None or last.reason != self._backend.reason:
             logger.info("EMA backend: %s (%s)", self._backend.name, self._backend.reason)
         return plan
+
+    def _wait_for_devices(self) -> None:
+        """Wait until all streams have done what the plan's tensors are in use for."""
+        for device in {bucket.key.device for bucket in self._plan.buckets} if self._plan else ():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:
         for bucket in plan.buckets:

@@ -331,6 +331,24 @@ def test_an_update_runs_on_the_current_stream() -> None:
         torch.testing.assert_close(ours.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_new_plan_has_what_an_update_on_another_stream_wrote() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).cuda()
+    ema = ModelEMA(model, backend="triton")
+    ema.update(0.0)
+    shake(model)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)  # some 0.3 s
+        ema.update(1.0)
+    running = not stream.query()
+    model[1].double()  # lays the bucket anew, by copies on this stream
+    ema.update(0.0)
+    assert running
+    for ours, online in zip(ema.ema_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, online.to(ours.dtype))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_model_on_two_devices() -> None:
     model = nn.ModuleList([nn.Linear(8, 8).to(f"cuda:{index}") for index in range(2)])

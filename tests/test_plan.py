@@ -1,5 +1,6 @@
 """The flat EMA side, the chunk table, and the watch that notices what moved."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ema_triton import ModelEMA
+from ema_triton import ModelEMA, model_ema
 from ema_triton.buckets import ALIGNMENT, CHUNK, Bucket
-from ema_triton.plan import make_plan
+from ema_triton.plan import Plan, make_plan
 
 
 def model() -> nn.Sequential:
@@ -228,3 +229,25 @@ def test_ema_tensors_that_share_a_version_keep_their_digits() -> None:
     assert len(plans) == 1
     for name, value in ema._plan.memory().values.items():
         assert torch.equal(value, wide.ema_model[0].weight), name
+
+
+def test_a_new_plan_waits_for_the_device_before_it_reads_the_ema_and_before_it_frees_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ema, steps = ModelEMA(model()), []
+
+    def planned(*args: object, **kwargs: object) -> Plan:
+        steps.append("plan")
+        return make_plan(*args, **kwargs)
+
+    monkeypatch.setattr(model_ema, "make_plan", planned)
+    monkeypatch.setattr(torch.cuda, "synchronize", steps.append)
+    ema._make_plan()
+    assert steps == ["plan"]  # on a CPU there is nothing to wait for
+    gpu = torch.device("cuda", 0)
+    bucket = only_bucket(ema)
+    bucket = dataclasses.replace(bucket, key=bucket.key._replace(device=gpu))
+    ema._plan = dataclasses.replace(ema._plan, buckets=[bucket])
+    steps.clear()
+    ema._make_plan()
+    assert steps == [gpu, "plan", gpu]
