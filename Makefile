@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Exits with a message where $(PYTHON) is too old; runs in any Python, so that it can say so.
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
 
-.PHONY: help demo test ptx bench lint gpu clean
+.PHONY: help demo test ptx bench lint gpu gpu-memcheck clean
 help:
 	@echo "make demo    train a small net with EMA on handwritten digits"
 	@echo "make test    run the tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench   time one EMA update beside its rivals (some 15 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu     run the GPU tests in the environment of PYTHON, installing nothing"
+	@echo "make gpu-memcheck   the same for compute-sanitizer's memcheck of every kernel"
 	@echo "make clean   remove the environment and all outputs"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,9 +42,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Planned for 8 minutes. A test that takes 2 prints where it is.
 gpu:
 	@$(CHECK_PYTHON)
-	$(PYTHON) -m pytest -m gpu -ra
+	$(PYTHON) -m pytest -m gpu -v -ra --durations=10 -o faulthandler_timeout=120
+
+gpu-memcheck:
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m pytest -m memcheck -v -ra tests/test_gpu_memory.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run fsdp2_run .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if not GPU:
         for item in items:
-            if item.get_closest_marker("gpu"):
+            if item.get_closest_marker("gpu") or item.get_closest_marker("memcheck"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 

@@ -391,12 +391,18 @@ def test_a_momentum_on_another_device_is_an_error() -> None:
         ema.update(torch.tensor(0.5, device="cuda"))
 
 
+# Bytes per element at the peak: both models and the bucket; beside an exact one the residuals, and
+# the fp32 values that they are split from, twice.
+AT_PEAK = {"nearest": 6, "stochastic": 6, "exact": 16}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_bucket_beyond_two_to_the_31_elements(precision: str) -> None:
     size = 2**31 + 8192 + 3
-    free, _ = torch.cuda.mem_get_info()
-    if free < 4 * 2 * size:
-        pytest.skip("needs 17 GB of GPU memory")
+    torch.cuda.empty_cache()
+    free, needed = torch.cuda.mem_get_info()[0], AT_PEAK[precision] * size
+    if free < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory; {free / 1e9:.0f} GB are free")
     model = nn.ParameterList([torch.zeros(5), torch.zeros(1)]).bfloat16().cuda()
     model[1].data = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
     twin = nn.ParameterList([torch.zeros(5), torch.zeros(1)]).bfloat16().cuda()
@@ -405,8 +411,7 @@ def test_a_bucket_beyond_two_to_the_31_elements(precision: str) -> None:
     with torch.no_grad():
         model[1].fill_(1.0)
     ema.update(0.5)
-    assert twin[1][-5:].eq(0.5).all()
-    assert twin[1].sum(dtype=torch.float64).item() == size * 0.5
+    assert twin[1].eq(0.5).all()  # takes a byte per element, where a sum in fp64 takes 8
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-HUGE = 2 * 2 * 2**31  # bytes of the online model and of its EMA
+HUGE = 3 * 2 * 2**31  # bytes of the online model, its copy, and the bucket that takes its place
 
 
 def reaching(device: str, which: str, *tool: str) -> subprocess.CompletedProcess[str]:
@@ -34,17 +34,20 @@ def test_the_program_runs() -> None:
     assert ran.stdout == "fine\n", ran.stderr
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("which", ["small", "huge", "control"])
+@pytest.mark.memcheck
+@pytest.mark.parametrize("which", ["control", "small", "huge"])
 def test_memcheck(which: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    if which == "huge" and torch.cuda.mem_get_info()[0] < 2 * HUGE:
-        pytest.skip("needs 17 GB of GPU memory")
-    ran = reaching("cuda", which, sanitizer, "--tool", "memcheck", "--error-exitcode", "9")
+    if which == "huge" and (free := torch.cuda.mem_get_info()[0]) < HUGE:
+        pytest.skip(f"needs {HUGE / 1e9:.0f} GB of GPU memory; {free / 1e9:.0f} GB are free")
+    # Calls to the driver that fail are torch's and Triton's affair: they ask it for what it may
+    # not have. Each would count as an error.
+    options = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
+    ran = reaching("cuda", which, sanitizer, *options)
     if "Device not supported" in ran.stdout + ran.stderr:
         pytest.skip("compute-sanitizer does not support this device")
     if which == "control":
