@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.measure import launched
 from ema_triton import Constant, ModelEMA, reference
-from tests.test_gpu import LOW, network, no_synchronisation, shake
+from tests.test_gpu import LOW, launched, network, no_synchronisation, shake
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:momentum .* is below")]
 
