@@ -28,7 +28,7 @@ CUDA_ONLY = {
     ),
 }
 
-FUSED = "the multiply-add of a GPU, where CPUs round twice"
+FUSED = "a fused multiply-add, which Triton's interpreter rounds twice"
 TWO = "a second device"
 NEEDED = {
     "test_fp32_equals_foreach_lerp_bit_by_bit": FUSED,
