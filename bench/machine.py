@@ -71,13 +71,19 @@ def available_memory(device: torch.device) -> int:
 
 
 def commit() -> str:
-    """The commit that is measured, "+" behind it if the package or the benchmark differ from it."""
+    """The commit that is measured, "+" behind it if the package or the benchmark differ from it.
+
+    "unknown" without git, or outside of a repository.
+    """
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
-        )
+        try:
+            run = subprocess.run(
+                ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+            )
+        except OSError:  # git is not installed
+            return ""
         return run.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "ema_triton", "bench/*.py", "bench/peers")
