@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +20,24 @@ WARM_UP = 3
 REPEATS = 20
 REPEATED_SECONDS = 0.02
 
+# Memory that was just allocated made the first two rounds 3 times as slow on a CPU.
+LEAST_ROUNDS = 7
+
 # The copy's buffers. More bytes are copied by going over them again.
 COPY_BUFFER = 1 << 30
 
 
+# Graphs whose capture failed. torch's allocator may still ask one whether it captures.
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
 @dataclass(frozen=True)
 class Subject:
-    """An update to time, and on a GPU its CUDA graph, if it could be captured."""
+    """An update to time, and on a GPU its CUDA graph, or why it has none."""
 
     update: Update
     graph: torch.cuda.CUDAGraph | None = None
+    no_graph: str = ""
 
 
 class Stopwatch:
@@ -90,7 +100,7 @@ def interleaved(
 
     Whatever disturbs the machine disturbs all of them. Each round begins with another subject, so
     that none always follows the same one. Rounds end early when `seconds` are over, but not before
-    the seventh: memory that was just allocated made the first two 3 times as slow on a CPU.
+    LEAST_ROUNDS.
     """
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in subjects}
     for subject in subjects.values():
@@ -99,7 +109,7 @@ def interleaved(
     names = [*subjects]
     deadline = time.perf_counter() + seconds
     for index in range(rounds):
-        if index >= 7 and time.perf_counter() > deadline:
+        if index >= LEAST_ROUNDS and time.perf_counter() > deadline:
             break
         first = index % len(names)
         for name in names[first:] + names[:first]:
@@ -125,31 +135,103 @@ def copy_of(size: int, device: torch.device) -> Update:
     return copy
 
 
-def captured(update: Update) -> torch.cuda.CUDAGraph | None:
-    """The update as a CUDA graph; None if it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def captured(update: Update) -> tuple[torch.cuda.CUDAGraph | None, str]:
+    """The update as a CUDA graph, or None and why it cannot be captured.
+
+    An update that waits for the device is found before the capture, which it would invalidate: in
+    torch 2.11 the capture's stream then stays the current one, and the allocator frees nothing.
+    """
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     try:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _synchronization_is_an_error():
             update()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            update()
-    except Exception:
-        # What failed here may wait for the device, which is not allowed in a capture.
+    except Exception as error:  # whatever a peer raises is a finding
         torch.cuda.synchronize()
-        return None
-    return graph
+        waits = "synchronizing CUDA operation" in str(error)
+        return None, "it waits for the device" if waits else in_one_line(error)
+    before.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    raised: Exception | None = None
+    try:
+        with warnings.catch_warnings():
+            # The update may raise before it has launched anything.
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            with torch.cuda.graph(graph, pool=pool):
+                try:
+                    update()
+                except Exception as error:
+                    raised = error
+                    raise
+    except Exception as error:
+        _abandon(graph, pool, before)
+        return None, in_one_line(raised or error)
+    return graph, ""
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: object, before: torch.cuda.Stream) -> None:
+    """Undo what a failed capture leaves: its stream, and an allocator that serves its pool."""
+    torch.cuda.set_stream(before)
+    torch.cuda.synchronize()
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the end of the capture did so
+        return
+    _ABANDONED.append(graph)
+    torch._C._cuda_releasePool(device, pool)
+
+
+@contextmanager
+def _synchronization_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # Where warnings are errors it is raised when the mode is set already.
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def launched(update: Update) -> list[str]:
-    """The names of the kernels, copies and fills that one update puts on the GPU."""
+    """The names of the kernels, copies and fills that one update puts on the GPU.
+
+    Raises:
+        RuntimeError: The profiler sees nothing of the GPU.
+    """
+    found = launched_by_each([update])
+    if found is None:
+        raise RuntimeError(
+            "The profiler saw none of the GPU's kernels, so launches cannot be counted: CUPTI is "
+            "missing, or its use not permitted. Install nvidia-cuda-cupti, or ask for permission."
+        )
+    return found[0]
+
+
+def launched_by_each(updates: Sequence[Update]) -> list[list[str]] | None:
+    """The same of several updates, in one profiler session; None where it sees nothing.
+
+    Before each update torch's spin kernel runs, which no update uses: it parts them, and shows that
+    the profiler sees kernels at all.
+    """
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        update()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+    with warnings.catch_warnings():
+        # torch 2.11 warns of it at every use.
+        warnings.filterwarnings("ignore", message="Warning. Profiler clears events at the end")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for update in updates:
+                torch.cuda._sleep(1)
+                update()
+                torch.cuda.synchronize()
+        events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    names = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    marks = [index for index, name in enumerate(names) if "spin_kernel" in name]
+    if len(marks) != len(updates):
+        return None
+    ends = [*marks[1:], len(names)]
+    return [names[begin + 1 : end] for begin, end in zip(marks, ends, strict=True)]
 
 
 def extra_memory(update: Update) -> int:
@@ -168,3 +250,9 @@ def momenta(schedule: str) -> Iterator[float]:
     while True:
         yield 0.1 if schedule == "constant" else 0.1 + 0.1 / (1 + index)
         index += 1
+
+
+def in_one_line(error: Exception) -> str:
+    """An exception in one line of a table."""
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first_line}"[:200]

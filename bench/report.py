@@ -171,11 +171,12 @@ def _cost_table(results: Results) -> str:
         texts = []
         for model in models:
             row = cells.get((name, model))
-            if row is None or None in (row.launches, row.extra_memory, row.set_up):
+            if row is None or None in (row.extra_memory, row.set_up):
                 texts.append("–")
             else:
+                launches = "unknown" if row.launches is None else row.launches
                 memory, first = row.extra_memory / 2**20, row.set_up / 1e3
-                texts.append(f"{row.launches}; {memory:.3g}; {first:.3g}")
+                texts.append(f"{launches}; {memory:.3g}; {first:.3g}")
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -248,6 +249,8 @@ def _remarks(results: Results) -> str:
             f"- Noise: two timings of the same update differ by {statistics.median(noise):.0%} "
             f"(median over models and cases), at most by {max(noise):.0%}."
         )
+    graphless = {(row.peer, row.reason): None for row in timed if row.reason}
+    lines += [f"- {peer}: {reason}." for peer, reason in graphless]
     lines += _changing(results, figure)
     return "\n".join([*lines, *_refusals(results.rows)])
 

@@ -47,13 +47,14 @@ class Row:
         schedule: "constant", or "changing" for a momentum that differs at every update.
         peer: The peer's name, LIMIT, or AGAIN.
         status: "timed", or why not: "absent", "wrong", "error", "skipped".
-        reason: What is behind a status other than "timed".
+        reason: What is behind a status other than "timed", or why what was timed has no CUDA graph.
         bytes: What must move: each input once, each output once.
         times: Microseconds by figure. On a CPU "wall" (one update, after the caches were flushed)
             and "repeated" (one of several in a row). On a GPU "device" (between events around an
             eager update), "graph" (the same, replayed as a CUDA graph), both after a flush of the
             L2, and "host" (until the call returned).
-        launches: Device kernels, copies and fills per update.
+        launches: Device kernels, copies and fills per update; None where they are unknown: on a
+            CPU, or without CUPTI.
         extra_memory: Peak bytes allocated during an update, beyond those before.
         set_up: Microseconds for copying the model and the first update, with what either compiles.
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from bench import gate, measure, peers, report
 from bench.machine import available_memory, commit, describe
-from bench.measure import Stopwatch, Subject, momenta
+from bench.measure import Stopwatch, Subject, in_one_line, momenta
 from bench.models import MODELS, Model, make_module
 from bench.results import AGAIN, FOLDER, LIMIT, Results, Row, Spread
 from ema_triton.precision import COMPANION_DTYPE
@@ -107,6 +109,11 @@ def main(args: argparse.Namespace) -> None:
     publish(results, out)
 
 
+def progress(line: str) -> None:
+    """Print it apart from the tables."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def chosen_device(args: argparse.Namespace) -> torch.device:
     """The device asked for, or the GPU if there is one."""
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -178,6 +185,16 @@ def groups(model: Model, case: Case, keys: list[str], memory: int) -> list[list[
     return [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
 
 
+def _facts(model: Model, case: str) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "tensors": len(model.shapes),
+        "elements": model.elements,
+        "case": case,
+        "bytes": model.elements * CASES[case].moved,
+    }
+
+
 def measured(
     model: Model, case: str, keys: list[str], stopwatch: Stopwatch, rounds: int, seconds: float
 ) -> Iterator[Row]:
@@ -185,8 +202,7 @@ def measured(
     gc.collect()
     device = stopwatch.device
     memory = available_memory(device)
-    facts = {"model": model.name, "tensors": len(model.shapes), "elements": model.elements}
-    facts |= {"case": case, "bytes": model.elements * CASES[case].moved}
+    facts = _facts(model, case)
     if CASES[case].precision != "nearest":
         keys = [key for key in keys if key in peers.OURS]
     together = groups(model, CASES[case], keys, memory)
@@ -208,23 +224,46 @@ def _measured_together(
     seconds: float,
 ) -> Iterator[Row]:
     gc.collect()  # engines and closures hold the last group's EMAs in cycles
-    waiting = {LIMIT: Row(**facts, schedule="constant", peer=LIMIT, status="timed")}
-    copy = measure.copy_of(facts["bytes"], stopwatch.device)
-    subjects = {LIMIT: _subject(copy, stopwatch, graph=True)}
+    on_cuda = stopwatch.device.type == "cuda"
+    built: dict[str, tuple[Row, Subject]] = {}
     for key in keys:
         for row, subject in _built(facts, online, key, stopwatch):
             if subject is None:
                 yield row
-                continue
-            name = f"{row.peer}, {row.schedule}"
-            waiting[name], subjects[name] = row, subject
-            if AGAIN not in subjects:
-                waiting[AGAIN] = Row(**facts, schedule="constant", peer=AGAIN, status="timed")
-                subjects[AGAIN] = subject
+            else:
+                built[f"{row.peer}, {row.schedule}"] = row, subject
+        gc.collect()  # what a peer that failed had allocated
+    if on_cuda:
+        _count(built)
+    copy = measure.copy_of(facts["bytes"], stopwatch.device)  # after what building takes
+    waiting = {LIMIT: Row(**facts, schedule="constant", peer=LIMIT, status="timed")}
+    subjects = {LIMIT: _subject(copy, stopwatch, graph=True)}
+    for name, (row, subject) in built.items():
+        waiting[name], subjects[name] = row, subject
+        if AGAIN not in subjects:
+            waiting[AGAIN] = Row(**facts, schedule="constant", peer=AGAIN, status="timed")
+            subjects[AGAIN] = subject
     samples = measure.interleaved(subjects, stopwatch.sample, rounds, seconds)
     for name, row in waiting.items():
         times = {figure: Spread.of(values) for figure, values in samples[name].items()}
-        yield Row(**{**vars(row), "times": times})
+        yield replace(row, times=times)
+
+
+def _count(built: dict[str, tuple[Row, Subject]]) -> None:
+    """Put each peer's launches and extra memory into its rows; the schedule changes neither."""
+    updates = {row.peer: subject.update for row, subject in built.values()}
+    try:
+        launched = measure.launched_by_each([*updates.values()])
+    except Exception as error:
+        progress(f"launches are unknown: {in_one_line(error)}")
+        launched = None
+    counts = [None] * len(updates) if launched is None else [*map(len, launched)]
+    found = {
+        peer: {"launches": count, "extra_memory": measure.extra_memory(update)}
+        for (peer, update), count in zip(updates.items(), counts, strict=True)
+    }
+    for name, (row, subject) in built.items():
+        built[name] = replace(row, **found[row.peer]), subject
 
 
 def _built(
@@ -234,8 +273,9 @@ def _built(
     row = {**facts, "schedule": "constant", "peer": key, "status": "error"}
     try:
         peer = peers.load(key)
-    except ImportError as error:
-        yield Row(**{**row, "status": "absent", "reason": in_one_line(error)}), None
+    except Exception as error:
+        absent = "absent" if isinstance(error, ImportError) else "error"
+        yield Row(**{**row, "status": absent, "reason": in_one_line(error)}), None
         return
     row["peer"] = peer.NAME
     first_momentum = next(momenta("constant"))
@@ -263,13 +303,11 @@ def _built(
                 continue
             update = partial(_next_update, built, values)
             subject = _subject(update, stopwatch, graph=schedule == "constant")
-            if stopwatch.device.type == "cuda":
-                row["launches"] = len(measure.launched(subject.update))
-                row["extra_memory"] = measure.extra_memory(subject.update)
         except Exception as error:
             yield Row(**{**row, "status": status_of(error), "reason": in_one_line(error)}), None
             continue
-        yield Row(**{**row, "status": "timed"}), subject
+        reason = f"no CUDA graph: {subject.no_graph}" if subject.no_graph else ""
+        yield Row(**{**row, "status": "timed", "reason": reason}), subject
 
 
 def _next_update(built: peers.Built, momenta: Iterator[float]) -> None:
@@ -284,15 +322,9 @@ def _subject(update: measure.Update, stopwatch: Stopwatch, *, graph: bool) -> Su
     # A graph replays the momentum it was captured with.
     if not graph or stopwatch.device.type != "cuda":
         return Subject(without_autograd)
-    return Subject(without_autograd, measure.captured(without_autograd))
+    return Subject(without_autograd, *measure.captured(without_autograd))
 
 
 def status_of(error: Exception) -> str:
     """What an exception makes of a peer: NotImplementedError is how its file declines."""
     return "skipped" if isinstance(error, NotImplementedError) else "error"
-
-
-def in_one_line(error: Exception) -> str:
-    """An exception in one line of a table."""
-    first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first_line}"[:200]

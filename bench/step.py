@@ -14,14 +14,13 @@ from tqdm import tqdm
 
 from bench import gate, measure, peers
 from bench.machine import commit, describe
-from bench.measure import Subject
+from bench.measure import Subject, in_one_line
 from bench.results import AGAIN, NO_EMA, Results, Spread, StepRow
 from bench.run import (
     add_common_arguments,
     chosen_device,
     destination,
     earlier,
-    in_one_line,
     publish,
     selected,
     status_of,

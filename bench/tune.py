@@ -160,7 +160,7 @@ def measured(online: nn.Module, case: Case, stopwatch: Stopwatch) -> dict[str, S
     updates[LIMIT] = measure.copy_of(elements * case.moved, stopwatch.device)
     on_cuda = stopwatch.device.type == "cuda"
     subjects = {
-        name: Subject(update, measure.captured(update) if on_cuda else None)
+        name: Subject(update, *(measure.captured(update) if on_cuda else ()))
         for name, update in updates.items()
     }
     samples = measure.interleaved(subjects, stopwatch.sample, ROUNDS, SECONDS)

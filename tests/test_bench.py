@@ -495,7 +495,7 @@ def test_a_training_step_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.gpu
 def test_figures_of_a_gpu() -> None:
     device = torch.device("cuda")
-    keys = ["ours_triton", "foreach_lerp", "foreach_mul_add", "ema_pytorch"]
+    keys = ["torch_swa_multi", "ours_triton", "foreach_lerp", "foreach_mul_add", "ema_pytorch"]
     rows = [*run.measured(TINY, "fp32<-fp32", keys, Stopwatch(device, 1 << 20), 3, 60.0)]
     found = {row.peer: row for row in rows if row.schedule == "constant"}
     ours = found["ema_triton (triton)"]
@@ -504,6 +504,9 @@ def test_figures_of_a_gpu() -> None:
     assert {*ours.times} == {"device", "host", "graph"}
     assert found["foreach mul, add"].launches == 2
     assert {*found[LIMIT].times} == {"device", "host", "graph"}
+    waits = found["AveragedModel (multi_avg_fn)"]
+    assert waits.reason == "no CUDA graph: it waits for the device"
+    assert {*waits.times} == {"device", "host"}
     changing = next(row for row in rows if row.peer == ours.peer and row.schedule == "changing")
     assert {*changing.times} == {"device", "host"}
 
