@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
 # The modules are imported when asked for: ptx needs no peers, report no torch device.
 COMMANDS = {
@@ -35,6 +36,8 @@ def main() -> None:
         prog=f"python -m bench {args.command}", description=COMMANDS[args.command]
     )
     module.add_arguments(command)
+    # Into a pipe too, so that a command that is cut off has printed what it found.
+    sys.stdout.reconfigure(line_buffering=True)
     module.main(command.parse_args(args.rest))
 
 

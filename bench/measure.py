@@ -52,13 +52,18 @@ class Stopwatch:
         """Prepare to flush `cache` bytes."""
         self.device = device
         self._junk = torch.zeros(2 * cache, dtype=torch.uint8, device=device)
+        self.flushed = 2 * self._junk.nbytes  # read and written by a flush
+
+    def flush(self) -> None:
+        """Leave nothing in the caches but what is not timed."""
+        self._junk.add_(1)
 
     def sample(self, subject: Subject) -> dict[str, float]:
         """Time one update; microseconds by figure, as `results.Row.times` describes them."""
         return self._on_cuda(subject) if self.device.type == "cuda" else self._on_cpu(subject)
 
     def _on_cpu(self, subject: Subject) -> dict[str, float]:
-        self._junk.add_(1)
+        self.flush()
         start = time.perf_counter()
         subject.update()
         first = time.perf_counter() - start
@@ -72,7 +77,7 @@ class Stopwatch:
     def _on_cuda(self, subject: Subject) -> dict[str, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
-        self._junk.add_(1)
+        self.flush()
         start.record()
         called = time.perf_counter()
         subject.update()
@@ -81,7 +86,7 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         times = {"device": 1e3 * start.elapsed_time(end), "host": 1e6 * (returned - called)}
         if subject.graph is not None:
-            self._junk.add_(1)
+            self.flush()
             start.record()
             subject.graph.replay()
             end.record()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
-
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from bench.models import ARCHITECTURES, COUNTS, MANY_SMALL, SIZES, Model
 from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, Spread, StepRow
+
+# Tables are printed where matplotlib is not installed, too.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -96,7 +96,8 @@ def table(results: Results) -> str:
     """What was measured, as markdown."""
     if results.kind == "step":
         return _step_tables(results)
-    return "\n\n".join([_provenance(results), *_update_tables(results), _remarks(results)])
+    tables = _update_tables(results) if results.rows else []
+    return "\n\n".join([_provenance(results), *tables, _remarks(results)])
 
 
 def _provenance(results: Results) -> str:
@@ -259,8 +260,8 @@ def _refusals(rows: list[Row]) -> list[str]:
     """Who was not timed, and why: peers with the same reason in the same cases in one line."""
     cases: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
-        if row.peer == LIMIT and row.status == "skipped":
-            cases.setdefault((f"skipped, {row.reason}", row.model), {})[row.case] = None
+        if row.peer == LIMIT and row.status != "timed":
+            cases.setdefault((f"{row.status}, {row.reason}", row.model), {})[row.case] = None
         elif row.status != "timed" and row.schedule == "constant":
             # How far off a wrong one is, and on which tensor, differs from model to model.
             reason = "not timed" if row.status == "wrong" else row.reason
@@ -361,6 +362,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """Draw the pictures of an "update" run into the folder; return their paths."""
     if results.kind != "update":
         return []
+    from matplotlib.figure import Figure
+
     drawings = {"speedup": _draw_speedup, "bandwidth": _draw_bandwidth, "tensors": _draw_tensors}
     paths = []
     for name, (title, path) in _pictures(results).items():
@@ -450,6 +453,8 @@ def _line(axes: Axes, peer: str, peers: list[str], x: list[int], y: list[float])
 
 def _color(peer: str, peers: list[str]) -> Any:  # noqa: ANN401
     """Black and gray for ours; the others have the same order, and so color, in every picture."""
+    from matplotlib import colormaps
+
     if peer in OURS:
         return ("black", "dimgray")[OURS.index(peer)]
     return colormaps["tab20"]([name for name in peers if name not in (LIMIT, *OURS)].index(peer))

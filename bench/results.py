@@ -126,7 +126,10 @@ class Results:
         lines = ",\n".join(json.dumps(_rounded(asdict(row))) for row in self.rows)
         head_text = json.dumps({"schema": SCHEMA, **head}, indent=1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{head_text.removesuffix("}").rstrip()},\n "rows": [\n{lines}\n]}}\n')
+        # A run that is cut off while it writes has the file as it was before.
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(f'{head_text.removesuffix("}").rstrip()},\n "rows": [\n{lines}\n]}}\n')
+        new.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -6,7 +6,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from bench import gate, measure, peers, report
+from bench import gate, jobs, measure, peers, report
+from bench.jobs import gib
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line, momenta
 from bench.models import MODELS, Model, make_module
@@ -61,16 +61,19 @@ QUICK_ROUNDS = 5
 QUICK_SECONDS = 2.0
 QUICK_MODELS = ("resnet50", "1000x64")
 
-# Inductor alone would take a quick run's minute.
+# Inductor alone would take a quick run's minute, and most of a lent GPU's.
 QUICK_PEERS = tuple(key for key in peers.PEERS if key != "compiled_lerp")
-
-# What is left to the system and to fragmentation.
-MEMORY_SHARE = 0.85
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.add_argument("--models", help="comma-separated; 'all'; default: all, on a CPU the small")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="start only what should end in this time, the most telling first, the rest by "
+        "--resume; without compiled_lerp, unless --peers names it",
+    )
     add_common_arguments(parser)
 
 
@@ -80,16 +83,23 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers.PEERS)}")
     parser.add_argument("--quick", action="store_true", help="a first look, no results file")
     parser.add_argument("--out", type=Path, help="JSON; default: a file in bench/results/")
+    add_resume(parser)
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Describe --resume."""
     parser.add_argument(
         "--resume", action="store_true", help="go on with the file of a run that was cut off"
     )
 
 
-def main(args: argparse.Namespace) -> None:
-    """Measure, print a table, write the results file."""
+def main(args: argparse.Namespace, clock: Callable[[], float] = time.monotonic) -> None:
+    """Say what the jobs take, measure, print a table, write the results file."""
+    began = clock()
     device = chosen_device(args)
     models = selected_models(args.models, quick=args.quick, on_cpu=device.type == "cpu")
-    keys = selected(args.peers, QUICK_PEERS if args.quick else peers.PEERS, peers.PEERS)
+    default = QUICK_PEERS if args.quick or args.minutes is not None else peers.PEERS
+    keys = selected(args.peers, default, peers.PEERS)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     seconds = QUICK_SECONDS if args.quick else SECONDS
     machine, measured_commit = describe(device), commit()
@@ -99,19 +109,93 @@ def main(args: argparse.Namespace) -> None:
     results = Results("update", machine, measured_commit, date.today().isoformat(), [])
     results.rows.extend(earlier(results, args.resume, out))
     done = {(row.model, row.case) for row in results.rows}
-    jobs = [(model, case) for model in models for case in CASES if (model.name, case) not in done]
-    with tqdm(jobs, unit="case") as bar:
-        for model, case in bar:
-            bar.set_description(f"{model.name} {case}")
+    cases = [case for case in CASES if _measured_keys(case, keys)]
+    todo = [(model, case) for model in models for case in cases if (model.name, case) not in done]
+    left = planned(jobs.in_order(todo), keys, stopwatch, rounds, seconds)
+
+    spent = foreseen = 0.0
+
+    def corrected(estimate: float) -> float:
+        return estimate * spent / foreseen if foreseen else estimate
+
+    def fits(estimate: float) -> bool:
+        until = clock() - began + corrected(estimate)
+        return args.minutes is None or until <= 60 * args.minutes
+
+    while (job := next((job for job in left if fits(left[job])), None)) is not None:
+        model, case = MODELS[job[0]], job[1]
+        estimate, start = left.pop(job), clock()
+        try:
             results.rows.extend(measured(model, case, keys, stopwatch, rounds, seconds))
-            if out is not None:
-                results.save(out)
+        except Exception as error:  # one job's failure is a finding, and not the end of the run
+            results.rows.append(_failed(_facts(model, case), error))
+        _sort(results.rows)
+        if out is not None:
+            results.save(out)
+        took = clock() - start
+        spent, foreseen = spent + took, foreseen + estimate
+        progress(f"{model.name} {case}: {took:.1f} s; jobs left: {len(left)}")
+        if (broken := _broken(device)) is not None:
+            raise SystemExit(
+                f"{model.name} {case} left the GPU unusable for this process ({broken}), so "
+                "nothing more can be measured in it. Give the same command with --resume."
+            )
     publish(results, out)
+    if left:
+        shortest, longest = (corrected(choose(left.values())) / 60 for choose in (min, max))
+        again = "Give the same command with --resume" if out else "With --out, --resume goes on"
+        print(
+            f"\n{len(left)} jobs did not fit into {args.minutes:g} minutes; each should take "
+            f"{shortest:.1f} to {longest:.1f}. {again}."
+        )
+
+
+def planned(
+    todo: list[tuple[Model, str]],
+    keys: list[str],
+    stopwatch: Stopwatch,
+    rounds: int,
+    seconds: float,
+) -> dict[tuple[str, str], float]:
+    """Estimated seconds by model and case; prints them, and each job's memory."""
+    device = stopwatch.device
+    memory, pace = available_memory(device), jobs.pace(stopwatch)
+    print(f"What the jobs should take, of {gib(memory)} that are free; they run in this order:")
+    found = {}
+    for model, name in todo:
+        case, asked = CASES[name], filter(jobs.is_present, _measured_keys(name, keys))
+        fitted = jobs.fitted(model, case, [*asked], memory, device)
+        groups = fitted.groups
+        estimate = jobs.seconds(model, case, groups, pace, device, rounds, seconds)
+        found[model.name, name] = estimate
+        line = f"{estimate:6.0f} s {gib(fitted.peak):>10s}  {model.name} {name}: "
+        line += f"{sum(map(len, groups))} peers"
+        line += f" in {len(groups)} groups" if len(groups) > 1 else ""
+        left_out = [f"{key} needs {gib(need)}" for key, need in fitted.too_large.items()]
+        print("; ".join([line, *left_out]))
+    print(f"{len(todo)} jobs, some {sum(found.values()) / 60:.1f} minutes\n")
+    return found
 
 
 def progress(line: str) -> None:
     """Print it apart from the tables."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _sort(rows: list[Row]) -> None:
+    """In the order of models and cases, whatever the jobs' was."""
+    models, cases = [*MODELS], [*CASES]
+    rows.sort(key=lambda row: (models.index(row.model), cases.index(row.case)))
+
+
+def _broken(device: torch.device) -> str | None:
+    """What any further use of the device would raise, such as after an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        return in_one_line(error)
+    return None
 
 
 def chosen_device(args: argparse.Namespace) -> torch.device:
@@ -170,21 +254,6 @@ def selected_models(asked: str | None, *, quick: bool, on_cpu: bool) -> list[Mod
     return [MODELS[name] for name in names]
 
 
-def groups(model: Model, case: Case, keys: list[str], memory: int) -> list[list[str]]:
-    """The peers that are timed in turns: all, or as many at once as the memory can hold.
-
-    Each peer has its EMA. Beside them stand the online model, the copy's two buffers, and what a
-    peer makes for a while: a copy of the model before it is cast, a difference, an average.
-    """
-    online, ema = model.elements * case.online_dtype.itemsize, model.elements * case.stored
-    copies = 2 * min(model.elements * case.moved // 2, measure.COPY_BUFFER)
-    room = int(MEMORY_SHARE * memory) - online - copies - 2 * max(ema, online)
-    at_once = room // ema
-    if at_once < 1:
-        return []
-    return [keys[start : start + at_once] for start in range(0, len(keys), at_once)]
-
-
 def _facts(model: Model, case: str) -> dict[str, Any]:
     return {
         "model": model.name,
@@ -195,24 +264,62 @@ def _facts(model: Model, case: str) -> dict[str, Any]:
     }
 
 
+def _measured_keys(case: str, keys: list[str]) -> list[str]:
+    """The peers that have the case's precision."""
+    if CASES[case].precision == "nearest":
+        return keys
+    return [key for key in keys if key in peers.OURS]
+
+
 def measured(
-    model: Model, case: str, keys: list[str], stopwatch: Stopwatch, rounds: int, seconds: float
+    model: Model,
+    case: str,
+    keys: list[str],
+    stopwatch: Stopwatch,
+    rounds: int,
+    seconds: float,
+    memory: int | None = None,
 ) -> Iterator[Row]:
-    """The rows of one model in one case."""
+    """The rows of one model in one case.
+
+    Args:
+        model: What is averaged.
+        case: And into what, by name.
+        keys: The peers.
+        stopwatch: Times them, on its device.
+        rounds: Samples of each.
+        seconds: For each group of peers that are timed in turns; see `measure.interleaved`.
+        memory: Bytes that may be used; by default those that are free.
+    """
     gc.collect()
     device = stopwatch.device
-    memory = available_memory(device)
-    facts = _facts(model, case)
-    if CASES[case].precision != "nearest":
-        keys = [key for key in keys if key in peers.OURS]
-    together = groups(model, CASES[case], keys, memory)
-    if keys and not together:
-        reason = f"it does not fit into the {memory / 2**30:.1f} GiB of memory that are free"
-        yield Row(**facts, schedule="constant", peer=LIMIT, status="skipped", reason=reason)
+    memory = available_memory(device) if memory is None else memory
+    facts, keys = _facts(model, case), _measured_keys(case, keys)
+    fitted = jobs.fitted(model, CASES[case], keys, memory, device)
+    for key, need in fitted.too_large.items():
+        reason = f"{model.name} needs {gib(need)}, of {gib(memory)} that are free"
+        name = peers.load(key).NAME if jobs.is_present(key) else key
+        skipped = {"peer": name, "status": "skipped", "reason": reason}
+        yield Row(**facts, schedule="constant", **skipped)
+    if not fitted.groups:
         return
     online = make_module(model, CASES[case].online_dtype, device)
-    for group in together:
-        yield from _measured_together(facts, online, group, stopwatch, rounds, seconds)
+    for group in fitted.groups:
+        yield from _measured_group(facts, online, group, stopwatch, rounds, seconds)
+
+
+def _failed(facts: dict[str, Any], error: Exception) -> Row:
+    """The row of what failed as a whole, and not in one peer."""
+    reason = in_one_line(error)
+    return Row(**facts, schedule="constant", peer=LIMIT, status="error", reason=reason)
+
+
+def _measured_group(facts: dict[str, Any], *rest: Any) -> list[Row]:  # noqa: ANN401
+    """The rows of one group of peers; of its failure, after which another may still fit."""
+    try:
+        return [*_measured_together(facts, *rest)]
+    except Exception as error:
+        return [_failed(facts, error)]
 
 
 def _measured_together(

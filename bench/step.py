@@ -10,7 +10,6 @@ from datetime import date
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from bench import gate, measure, peers
 from bench.machine import commit, describe
@@ -21,6 +20,7 @@ from bench.run import (
     chosen_device,
     destination,
     earlier,
+    progress,
     publish,
     selected,
     status_of,
@@ -153,13 +153,14 @@ def main(args: argparse.Namespace) -> None:
     results = Results("step", machine, measured_commit, date.today().isoformat(), [])
     results.rows.extend(earlier(results, args.resume, out))
     done = {row.model for row in results.rows}
-    with tqdm([name for name in models if name not in done], unit="model") as bar:
-        for name in bar:
-            bar.set_description(name)
-            rounds = QUICK_ROUNDS if args.quick else ROUNDS
-            results.rows.extend(measured(name, keys, device, rounds))
-            if out is not None:
-                results.save(out)
+    for name in models:
+        if name in done:
+            continue
+        progress(f"{name}, up to {SECONDS / 60:g} minutes")
+        rounds = QUICK_ROUNDS if args.quick else ROUNDS
+        results.rows.extend(measured(name, keys, device, rounds))
+        if out is not None:
+            results.save(out)
     publish(results, out)
 
 

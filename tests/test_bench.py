@@ -1,5 +1,6 @@
 """The benchmark measures what it says: shapes, bytes, a gate before the clock, an honest report."""
 
+import io
 import math
 import re
 import shutil
@@ -15,7 +16,20 @@ from torch import Tensor, nn
 
 pytest.importorskip("tqdm")
 
-from bench import around, cold, drift, gate, host, measure, peers, report, run, scaling, step
+from bench import (
+    __main__,
+    around,
+    cold,
+    drift,
+    gate,
+    host,
+    measure,
+    peers,
+    report,
+    run,
+    scaling,
+    step,
+)
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
@@ -212,26 +226,6 @@ def test_mixed_dtypes_are_reported_as_the_peers_error() -> None:
     status = {row.peer: row.status for row in rows}
     assert status["torch._foreach_lerp_"] == "error"
     assert status["cast, torch._foreach_lerp_"] == "timed"
-
-
-def test_memory_decides_how_many_are_timed_together() -> None:
-    keys = [*"abcdefg"]
-    billion = Model("billion", {"w": (10**9,)})
-    gigabyte = 10**9
-    case = run.CASES[
-        "fp32<-fp32"
-    ]  # 4 for the online model, 8 for temporaries, 2 for the copy, 4 per peer
-    assert run.groups(billion, case, keys, 200 * gigabyte) == [keys]
-    pairs = [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
-    assert run.groups(billion, case, keys, 27 * gigabyte) == pairs
-    assert run.groups(billion, case, keys, 16 * gigabyte) == []
-
-
-def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "available_memory", lambda device: 100_000)
-    (row,) = run.measured(TINY, "fp32<-fp32", ["foreach_lerp"], Stopwatch(CPU, 1000), 3, 60.0)
-    assert row.status == "skipped"
-    assert row.reason == "it does not fit into the 0.0 GiB of memory that are free"
 
 
 def test_subjects_take_turns() -> None:
@@ -438,26 +432,43 @@ def test_each_sweep_has_its_picture(tmp_path: Path) -> None:
     assert [path.name for path in paths] == names
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    __main__.main()
 
 
-def test_the_command_measures_and_writes(tmp_path: Path) -> None:
+def test_the_command_measures_and_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "r.json"
+    monkeypatch.setattr(run, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(run, "QUICK_ROUNDS", 1)
     arguments = ["--quick", "--device=cpu", "--models=1x1Ki", "--peers=ours_foreach,foreach_lerp"]
-    done = command("run", *arguments, f"--out={out}")
-    assert done.returncode == 0, done.stderr
-    assert "| ema_triton (foreach) |" in done.stdout
-    assert "1x1Ki" in done.stderr  # the progress bar
+    command(monkeypatch, "run", *arguments, f"--out={out}")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("What the jobs should take, of ")
+    assert "| ema_triton (foreach) |" in printed.out
+    assert re.search(r"^1x1Ki fp32<-fp32: [\d.]+ s; jobs left: 4$", printed.err, re.MULTILINE)
     rows = Results.load(out).rows
     assert {r.case for r in rows if r.times} == {*run.CASES}
     assert {r.peer for r in rows if r.times} >= {LIMIT, "ema_triton (foreach)"}
+
+
+def test_tables_are_printed_without_matplotlib_and_tqdm() -> None:
+    program = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None;"
+        "import bench.around, bench.run, bench.step; print('fine')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "fine\n", ran.stderr
+
+
+def test_what_is_printed_into_a_pipe_is_not_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(scaling, "main", lambda args: sys.stdout.write("a line\n"))
+    command(monkeypatch, "scaling")
+    assert pipe.buffer.getvalue() == b"a line\n"
 
 
 @pytest.mark.parametrize(
@@ -468,28 +479,38 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
         (["walk"], "invalid choice: 'walk'"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments: list[str], message: str) -> None:
-    done = command(*arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_mistakes_on_the_command_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as failed:
+        command(monkeypatch, *arguments)
+    assert message in f"{failed.value}{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("name", [*step.MODELS])
 def test_a_training_step_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step.BATCH, "cpu", 2)
+    model = step.MODELS[name]()
+    parameter = next(model.parameters())
+    before = parameter.detach().clone()
+    step.training_step(model, CPU)()
+    assert not torch.equal(parameter, before)
+
+
+def test_training_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.BATCH, "cpu", 1)
     monkeypatch.setitem(step.STEPS, "cpu", 1)
-    rows = {row.peer: row for row in step.measured(name, ["ours_foreach", "ignite"], CPU, 2)}
+    monkeypatch.setattr(measure, "WARM_UP", 0)
+    rows = {row.peer: row for row in step.measured("cnn", ["ours_foreach", "ignite"], CPU, 2)}
     assert [*rows] == [NO_EMA, AGAIN, "ema_triton (foreach)", "Ignite EMAHandler"]
     assert all(row.status == "timed" and row.step.count == 2 for row in rows.values())
     assert rows[NO_EMA].added.median == 0
     text = report.table(Results("step", MACHINE, "c", "d", [*rows.values()]))
     assert "| without EMA | step: " in text
     assert "| Ignite EMAHandler | " in text
-    model = step.MODELS[name]()
-    parameter = next(model.parameters())
-    before = parameter.detach().clone()
-    step.training_step(model, CPU)()
-    assert not torch.equal(parameter, before)
 
 
 @pytest.mark.gpu
@@ -552,68 +573,6 @@ def test_scaling_counts_what_the_fullest_rank_has() -> None:
     assert scaling.on_the_fullest_rank([(8, 3), (9, 2), (1,)], 1) == 24 + 18 + 1
 
 
-def arguments(out: Path, *, resume: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(
-        models="tiny", device="cpu", peers="foreach_lerp", quick=True, out=out, resume=resume
-    )
-
-
-def test_a_run_that_was_cut_off_is_gone_on_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(MODELS, "tiny", TINY)
-    monkeypatch.setattr(run, "CASES", {name: run.CASES[name] for name in [*run.CASES][:3]})
-    out = tmp_path / "r.json"
-    cases = []
-
-    def cut_off(model: Model, case: str, *rest: object) -> list[Row]:
-        cases.append(case)
-        if len(cases) == 2:
-            raise KeyboardInterrupt
-        return [Row(model.name, 1, 1, case, "constant", LIMIT, "skipped", f"call {len(cases)}")]
-
-    monkeypatch.setattr(run, "measured", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        run.main(arguments(out))
-    before = Results.load(out)
-    assert [row.reason for row in before.rows] == ["call 1"]
-    run.main(arguments(out, resume=True))
-    assert cases == [*run.CASES][:2] + [*run.CASES][1:]
-    after = Results.load(out)
-    assert [(row.case, row.reason) for row in after.rows] == [
-        *zip(run.CASES, ["call 1", "call 3", "call 4"], strict=True)
-    ]
-    # Without being told so, a run begins anew.
-    run.main(arguments(out))
-    assert [row.reason for row in Results.load(out).rows] == ["call 5", "call 6", "call 7"]
-    replace(after, commit="another").save(out)
-    with pytest.raises(SystemExit, match="is of commit another on"):
-        run.main(arguments(out, resume=True))
-    with pytest.raises(SystemExit, match="there is no results file"):
-        run.main(arguments(tmp_path / "none.json", resume=True))
-
-
-def test_a_cut_off_run_of_steps_is_gone_on_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    seen = []
-
-    def noted(name: str, *rest: object) -> list[StepRow]:
-        seen.append(name)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return [StepRow(name, 1, NO_EMA, "timed", "", Spread.of([1.0]), Spread.of([0.0]))]
-
-    monkeypatch.setattr(step, "measured", noted)
-    args = {"models": None, "device": "cpu", "peers": "foreach_lerp", "quick": True}
-    out = tmp_path / "s.json"
-    with pytest.raises(KeyboardInterrupt):
-        step.main(SimpleNamespace(**args, out=out, resume=False))
-    step.main(SimpleNamespace(**args, out=out, resume=True))
-    assert seen == ["cnn", "vit", "vit", "gpt"]
-    assert [row.model for row in Results.load(out).rows] == ["cnn", "vit", "gpt"]
-
-
 def test_the_host_time_is_shown_in_parts() -> None:
     model = host.shrunk(MODELS["resnet50"])
     assert len(model.shapes) == 161
@@ -633,15 +592,16 @@ def test_the_median_is_of_the_calls_alone() -> None:
     assert len(calls) == 15
 
 
-def test_the_first_update_is_timed_in_parts() -> None:
+def test_the_first_update_is_timed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cold.measured("cpu", "bfloat16", repeats=1)
     assert len(found) == 2
     for backend, times in found.values():
         assert backend == "foreach"
         assert [*times][2:] == ["build the EMA", "first update", "second update"]
         assert min(times.values()) > 0
-    with pytest.raises(SystemExit, match="has no attribute 'float12'"):
-        cold.measured("cpu", "float12", repeats=1)
+    monkeypatch.setattr(cold, "PROGRAM", "raise ValueError('no compiler')")
+    with pytest.raises(SystemExit, match=r"measured failed:[\s\S]*no compiler"):
+        cold.measured("cpu", "bfloat16", repeats=1)
 
 
 def test_host_and_cold_print_their_tables(

@@ -5,7 +5,12 @@ A peer's file has a `NAME` for the tables and a function
     build(model, momentum, ema_dtype) -> Built
 
 that makes an EMA of the model's parameters. An import that fails means that the peer is absent; an
-exception while it is built or updated is what the peer does with this model, and is reported.
+exception while it is built or updated is what the peer does with this model, and is reported. It
+may have a function
+
+    memory(sizes) -> Memory
+
+that says what it takes beside its EMA; without one it is taken for a copy of everything.
 """
 
 from __future__ import annotations
@@ -51,6 +56,71 @@ class Built(NamedTuple):
 
     update: Callable[[float], object]
     tensors: list[Tensor]
+
+
+class Sizes(NamedTuple):
+    """A model in numbers.
+
+    Attributes:
+        elements: Of all parameters.
+        largest: Of the largest one.
+        online_width: Bytes of an element.
+        ema_width: Bytes of an element of the EMA, with its residual where it is exact.
+        exact: Whether it is.
+    """
+
+    elements: int
+    largest: int
+    online_width: int
+    ema_width: int
+    exact: bool
+
+    @property
+    def online(self) -> int:
+        """Bytes of the parameters."""
+        return self.elements * self.online_width
+
+    @property
+    def ema(self) -> int:
+        """Bytes of the EMA."""
+        return self.elements * self.ema_width
+
+    @property
+    def cast(self) -> bool:
+        """Whether the EMA's dtype is another than the parameters'."""
+        return not self.exact and self.ema_width != self.online_width
+
+
+class Memory(NamedTuple):
+    """Peak bytes that a peer takes, beside the online model.
+
+    Attributes:
+        building: While the EMA is made, and with it.
+        updating: During an update, beyond the EMA.
+    """
+
+    building: int
+    updating: int
+
+
+def memory(peer: ModuleType, sizes: Sizes) -> Memory:
+    """What its file says; else a copy of the model and an EMA, and another EMA in an update."""
+    if hasattr(peer, "memory"):
+        found: Memory = peer.memory(sizes)
+        return found
+    return Memory(sizes.online + sizes.ema, sizes.ema)
+
+
+def memory_of_copied(sizes: Sizes) -> Memory:
+    """What an EMA from `copied` takes; where dtypes meet, a CPU casts one tensor at a time."""
+    return Memory(sizes.ema, sizes.largest * sizes.ema_width if sizes.cast else 0)
+
+
+def memory_of_cast(sizes: Sizes) -> Memory:
+    """What a copy of the model takes that is `cast`, one tensor after the other."""
+    one = sizes.largest if sizes.cast else 0
+    building = max(sizes.online, sizes.ema) + one * sizes.online_width
+    return Memory(building, one * sizes.ema_width)
 
 
 def load(key: str) -> ModuleType:

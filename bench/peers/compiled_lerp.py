@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from bench.peers import Built, copied
+from bench.peers import Built, copied, memory_of_copied
 
 NAME = "torch.compile(foreach lerp)"
 
 # The generated code grows with the tensors: 1000 take Inductor most of a minute.
 LIMIT = 600
+
+memory = memory_of_copied
 
 
 def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:

@@ -4,7 +4,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from bench.peers import Built
+from bench.peers import Built, Memory, Sizes
 
 NAME = "diffusers EMAModel (foreach)"
 
@@ -21,3 +21,8 @@ def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
 
     ema.optimization_step = 1  # at its first step it copies
     return Built(update, ema.shadow_params)
+
+
+def memory(sizes: Sizes) -> Memory:
+    """A copy before it is cast; the differences."""
+    return Memory(sizes.ema + (sizes.online if sizes.cast else 0), sizes.ema)

@@ -4,9 +4,11 @@ import torch
 from ema_pytorch import EMA
 from torch import nn
 
-from bench.peers import Built, cast
+from bench.peers import Built, cast, memory_of_cast
 
 NAME = "ema-pytorch"
+
+memory = memory_of_cast
 
 
 def build(

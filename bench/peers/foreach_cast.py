@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bench.peers import Built, copied
+from bench.peers import Built, Memory, Sizes, copied
 
 NAME = "cast, torch._foreach_lerp_"
 
@@ -16,3 +16,8 @@ def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
         torch._foreach_lerp_(ema, [tensor.to(ema_dtype) for tensor in online], momentum)
 
     return Built(update, ema)
+
+
+def memory(sizes: Sizes) -> Memory:
+    """The cast parameters."""
+    return Memory(sizes.ema, sizes.ema if sizes.cast else 0)

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
-from bench.peers import Built, copied
+from bench.peers import Built, copied, memory_of_copied
 
 NAME = "foreach mul, add"
+
+memory = memory_of_copied
 
 
 def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:

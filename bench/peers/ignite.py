@@ -5,9 +5,11 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
-from bench.peers import Built, cast
+from bench.peers import Built, cast, memory_of_cast
 
 NAME = "Ignite EMAHandler"
+
+memory = memory_of_cast
 
 
 def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:

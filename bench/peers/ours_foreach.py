@@ -6,4 +6,6 @@ from bench.peers import ours_triton
 
 NAME = "ema_triton (foreach)"
 
+memory = ours_triton.memory
+
 build = partial(ours_triton.build, backend="foreach")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bench.peers import Built
+from bench.peers import Built, Memory, Sizes
 from ema_triton import ModelEMA
 
 NAME = "ema_triton (triton)"
@@ -19,3 +19,8 @@ def build(
     """Give the update of `ModelEMA`; its momentum comes with each update."""
     ema = ModelEMA(model, backend=backend, ema_dtype=ema_dtype, precision=precision)
     return Built(ema.update, [parameter.detach() for parameter in ema.ema_model.parameters()])
+
+
+def memory(sizes: Sizes) -> Memory:
+    """A copy of the model before it lies flat; 8 bytes per element of a tensor that is split."""
+    return Memory(sizes.online + sizes.ema + (8 * sizes.largest if sizes.exact else 0), 0)

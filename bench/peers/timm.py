@@ -4,9 +4,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from bench.peers import Built, cast
+from bench.peers import Built, cast, memory_of_cast
 
 NAME = "timm ModelEmaV3"
+
+memory = memory_of_cast
 
 
 def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:

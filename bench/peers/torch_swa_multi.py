@@ -4,9 +4,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bench.peers import Built, cast
+from bench.peers import Built, cast, memory_of_cast
 
 NAME = "AveragedModel (multi_avg_fn)"
+
+memory = memory_of_cast
 
 
 def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bench.peers import Built, cast
+from bench.peers import Built, Memory, Sizes, cast, memory_of_cast
 
 NAME = "AveragedModel (avg_fn)"
 
@@ -26,3 +26,8 @@ def build(model: nn.Module, momentum: float, ema_dtype: torch.dtype) -> Built:
         averaged.update_parameters(model)
 
     return Built(update, tensors)
+
+
+def memory(sizes: Sizes) -> Memory:
+    """The averaging function makes two products and a sum, one tensor at a time."""
+    return memory_of_cast(sizes)._replace(updating=3 * sizes.largest * sizes.ema_width)
