@@ -162,3 +162,45 @@ def _rounded(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return round(value, 1) if isinstance(value, float) else value
+
+
+class Lines:
+    """Text that is printed and written as it comes, such that a run that is cut off can go on."""
+
+    def __init__(self, path: Path | None, head: str, *, resume: bool) -> None:
+        """Begin with the head, which says what was measured where.
+
+        Args:
+            path: Where it is written; None for printing alone.
+            head: The first line.
+            resume: Go on with the file, which has to have this head.
+
+        Raises:
+            SystemExit: There is no such file, or it has another head.
+        """
+        self._path = path
+        self._known: set[str] = set()
+        if resume:
+            if path is None or not path.exists():
+                raise SystemExit(f"--resume: there is no results file {path or '(give --out)'}")
+            first, *known = path.read_text().splitlines() or [""]
+            if first != head:
+                raise SystemExit(f"--resume: {path} is of {first!r}, and this is {head!r}")
+            self._known = set(known)
+        elif path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        if not resume:
+            self.add(head)
+
+    def __contains__(self, line: str) -> bool:
+        """Whether the file that a run goes on with has this line."""
+        return line in self._known
+
+    def add(self, *lines: str) -> None:
+        """Print and write lines that belong together."""
+        text = "\n".join(lines)
+        print(text, flush=True)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(text + "\n")

@@ -2,31 +2,33 @@
 
 Chunk, block and warps are tried in all combinations; a persistent loop, eviction policies and the
 width of accesses each beside what ships. Every variant's result is held against the shipped kernel,
-bit by bit, before it is timed; each is timed as a CUDA graph after a flush of the caches, all in
-turns, beside a copy of as many bytes.
+bit by bit, before it is timed, piece by piece where whole copies do not fit. Each is timed as a
+CUDA graph after a flush of the caches, all in turns, beside a copy of as many bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from bench import measure
+from bench import jobs, measure
 from bench.candidates import candidate
-from bench.machine import commit, describe
+from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject
-from bench.models import make_module
-from bench.results import LIMIT, Spread
+from bench.models import Model, make_module
+from bench.peers import ours_triton
+from bench.results import LIMIT, Lines, Spread
 from bench.run import CASES as RUN_CASES
-from bench.run import Case, chosen_device, selected, selected_models
+from bench.run import Case, add_resume, chosen_device, progress, selected, selected_models
 from ema_triton import ModelEMA, launch
 from ema_triton.buckets import CHUNK, Bucket
 
@@ -37,6 +39,9 @@ MODELS = "resnet50,vit-l16,gpt2-xl,sdxl-unet,llama-7b"
 CHUNKS = (4096, 8192, 16384, 32768)
 BLOCKS = (1024, 2048, 4096)
 WARPS = (4, 8)
+# Each chunk begins at a multiple of its size in its tensor, so that a piece of as many elements as
+# the largest has whole chunks of every size.
+LEAST_PIECE = CHUNKS[-1]
 # Programs per multiprocessor of a persistent loop.
 PROGRAMS = (4, 8, 16)
 HINTS = (("evict_first", ""), ("evict_first", "evict_first"), ("", "evict_first"))
@@ -114,7 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=MODELS, help="comma-separated; default: %(default)s")
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--out", type=Path, help="text file, written model by model")
+    parser.add_argument("--out", type=Path, help="text file, written case by case")
+    add_resume(parser)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -124,17 +130,45 @@ def main(args: argparse.Namespace) -> None:
     stopwatch = Stopwatch(device, machine.cache)
     cases = selected(args.cases, tuple(CASES), tuple(CASES))
     models = selected_models(args.models, quick=False, on_cpu=False)
-    lines = [f"{machine.name}, triton {machine.packages['triton']}, commit {commit()}"]
-    with tqdm([(model, case) for model in models for case in cases], unit="case") as bar:
-        for model, case in bar:
-            bar.set_description(f"{model.name} {case}")
-            online = make_module(model, CASES[case].online_dtype, device)
-            found = measured(online, CASES[case], stopwatch)
-            lines += ["", f"{model.name} {case}", *table(found, shipped(CASES[case]))]
-            del online
-            if args.out is not None:
-                args.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    triton_version = machine.packages.get("triton", "unknown")
+    head = f"{machine.name}, triton {triton_version}, commit {commit()}"
+    lines = Lines(args.out, head, resume=args.resume)
+    for model, name in itertools.product(models, cases):
+        title = f"{model.name} {name}"
+        if title not in lines:
+            progress(f"{title}: up to a minute")
+            lines.add("", title, *rows(model, CASES[name], stopwatch))
+
+
+def rows(
+    model: Model, case: Case, stopwatch: Stopwatch, memory: int | None = None
+) -> Iterator[str]:
+    """The table of one model in one case, or why there is none.
+
+    Args:
+        model: What is averaged.
+        case: And into what.
+        stopwatch: Times it, on its device.
+        memory: Bytes that may be used; by default those that are free.
+    """
+    gc.collect()
+    device = stopwatch.device
+    memory = available_memory(device) if memory is None else memory
+    room = jobs.usable(memory, device)
+    total = jobs.sizes(model, case)
+    built = total.online + total.ema
+    compared = 2 * case.stored + 1  # per element: before, expected, and where they are equal
+    beside = max(jobs.copies(model, case), LEAST_PIECE * compared)
+    need = max(total.online + ours_triton.memory(total).building, built + beside)
+    if need > room:
+        yield f"skipped: it needs {jobs.gib(need)}, of {jobs.gib(memory)} that are free"
+        return
+    piece = max(LEAST_PIECE, (room - built) // compared)
+    try:
+        online = make_module(model, case.online_dtype, device)
+        yield from table(measured(online, case, stopwatch, piece), shipped(case))
+    except Exception as error:  # the other cases may work
+        yield f"failed: {measure.in_one_line(error)}"
 
 
 def table(found: dict[str, Spread], ships: Variant) -> list[str]:
@@ -147,13 +181,19 @@ def table(found: dict[str, Spread], ships: Variant) -> list[str]:
     ]
 
 
-def measured(online: nn.Module, case: Case, stopwatch: Stopwatch) -> dict[str, Spread]:
-    """The time of each variant, in microseconds, of the shipped kernel, and of the copy."""
+def measured(online: nn.Module, case: Case, stopwatch: Stopwatch, piece: int) -> dict[str, Spread]:
+    """The time of each variant, in microseconds, of the shipped kernel, and of the copy.
+
+    `piece` is how many elements are compared at a time.
+    """
     ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
     assert ema._plan is not None
     (bucket,) = ema._plan.buckets
-    updates = {str(variant): prepared(bucket, variant) for variant in variants(case)}
-    check(bucket, [*updates.values()])
+    prepared = prepare(bucket, variants(case))
+    check(bucket, [*prepared.values()], piece)
+    updates: dict[str, Callable[[], object]] = {
+        str(variant): partial(one.launch, one.table) for variant, one in prepared.items()
+    }
     # The candidate does less than it, and may be compiled to other code.
     updates[SHIPPED] = partial(launch._launch, bucket, MOMENTUM, len(bucket.chunk_table))
     elements = sum(source.numel() for source in bucket.sources)
@@ -163,19 +203,35 @@ def measured(online: nn.Module, case: Case, stopwatch: Stopwatch) -> dict[str, S
         name: Subject(update, *(measure.captured(update) if on_cuda else ()))
         for name, update in updates.items()
     }
+    for name, subject in subjects.items():
+        if subject.no_graph:
+            raise RuntimeError(f"no CUDA graph of {name}: {subject.no_graph}")
     samples = measure.interleaved(subjects, stopwatch.sample, ROUNDS, SECONDS)
     figure = "graph" if on_cuda else "wall"
     return {name: Spread.of(found[figure]) for name, found in samples.items()}
 
 
-def prepared(bucket: Bucket, variant: Variant) -> Callable[[], object]:
-    """The update of a bucket in this way."""
-    table = bucket.table(variant.chunk)
+class Prepared(NamedTuple):
+    """An update in one way: a launch that takes rows of its table."""
+
+    table: Tensor
+    launch: Callable[[Tensor], object]
+
+
+def prepare(bucket: Bucket, variants: Sequence[Variant]) -> dict[Variant, Prepared]:
+    """The update of a bucket in each way; those of one chunk size share their table."""
+    tables = {chunk: bucket.table(chunk) for chunk in {variant.chunk for variant in variants}}
+    return {
+        variant: Prepared(tables[variant.chunk], partial(_launch, bucket, variant))
+        for variant in variants
+    }
+
+
+def _launch(bucket: Bucket, variant: Variant, table: Tensor) -> None:
     grid = len(table)
     if variant.programs is not None:
         grid = min(grid, variant.programs * _multiprocessors(table.device))
-    return partial(
-        candidate[(grid,)],
+    candidate[(grid,)](
         table,
         bucket.flat,
         bucket.companion,
@@ -191,20 +247,47 @@ def prepared(bucket: Bucket, variant: Variant) -> Callable[[], object]:
     )
 
 
-def check(bucket: Bucket, updates: list[Callable[[], object]]) -> None:
-    """Raise AssertionError unless each does bit by bit what the shipped kernel does."""
-    stored = [tensor for tensor in (bucket.flat, bucket.companion) if tensor is not None]
+def check(bucket: Bucket, prepared: list[Prepared], piece: int) -> None:
+    """Raise AssertionError unless each does bit by bit what the shipped kernel does.
+
+    Args:
+        bucket: What they update.
+        prepared: The launches.
+        piece: Elements of which copies are made at a time.
+    """
     # Somewhere on the way: an EMA that equals the online weights stays what it is.
     bucket.flat.mul_(0.5)
-    before = [tensor.clone() for tensor in stored]
-    launch._launch(bucket, MOMENTUM, len(bucket.chunk_table))
-    expected = [tensor.clone() for tensor in stored]
-    for update in updates:
-        for tensor, value in zip(stored, before, strict=True):
-            tensor.copy_(value)
-        update()
-        if not all(map(torch.equal, stored, expected)):
-            raise AssertionError(f"a variant differs from the shipped kernel: {update}")
+    tables = [bucket.chunk_table, *(one.table for one in prepared)]
+    begins = bucket.table(LEAST_PIECE)[:, 1].tolist()
+    for begin, end in pieces([*begins, bucket.flat.numel()], piece):
+        stored = [t[begin:end] for t in (bucket.flat, bucket.companion) if t is not None]
+        before = [tensor.clone() for tensor in stored]
+        ships, *rows = (table[(table[:, 1] >= begin) & (table[:, 1] < end)] for table in tables)
+        part = replace(bucket)
+        vars(part)["chunk_table"] = ships
+        launch._launch(part, MOMENTUM, len(ships))
+        expected = [tensor.clone() for tensor in stored]
+        for one, own in zip(prepared, rows, strict=True):
+            for tensor, value in zip(stored, before, strict=True):
+                tensor.copy_(value)
+            one.launch(own)
+            if not all(map(torch.equal, stored, expected)):
+                raise AssertionError(
+                    f"a variant differs from the shipped kernel in elements {begin} to {end} of "
+                    f"{bucket.flat.numel()}: {one.launch}"
+                )
+
+
+def pieces(bounds: list[int], size: int) -> Iterator[tuple[int, int]]:
+    """Stretches from bound to bound, each as long as fits into `size`, or one step long."""
+    begin = last = bounds[0]
+    for bound in bounds[1:]:
+        if bound - begin > size and last > begin:
+            yield begin, last
+            begin = last
+        last = bound
+    if last > begin:
+        yield begin, last
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -16,20 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("tqdm")
 
-from bench import (
-    __main__,
-    around,
-    cold,
-    drift,
-    gate,
-    host,
-    measure,
-    peers,
-    report,
-    run,
-    scaling,
-    step,
-)
+from bench import __main__, cold, drift, gate, host, measure, peers, report, run, scaling, step
 from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
@@ -530,25 +517,6 @@ def test_figures_of_a_gpu() -> None:
     assert {*waits.times} == {"device", "host"}
     changing = next(row for row in rows if row.peer == ours.peer and row.schedule == "changing")
     assert {*changing.times} == {"device", "host"}
-
-
-def test_what_stands_around_an_update_is_timed() -> None:
-    model = Model("tiny", {"a.weight": (8, 8), "b.weight": (3,)})
-    for name, case in around.CASES.items():
-        found = around.measured(model, case, Stopwatch(CPU, 1000), rounds=2, seconds=60.0)
-        assert all(microseconds > 0 for microseconds, _ in found.values())
-        assert [per_element for _, per_element in found.values()] == PER_ELEMENT[name]
-    # 67 elements of 12 bytes in 2 ms.
-    shown = around.line("tiny update", model, 2000.0, 12).split()
-    assert shown == ["tiny", "update", "2.000", "12", "0.0"]
-    assert around.line("", model, 1.0, 12).split()[-1] == "0.8"
-
-
-# Three updates' bytes, a swap of both sides twice, a distance that reads both, a state, its copy.
-PER_ELEMENT = {
-    "fp32<-fp32": [12, 12, 12, 32, 8, 0, 8],
-    "bf16<-bf16 exact": [10, 10, 10, 16, 6, 0, 8],
-}
 
 
 def test_the_table_of_scaling_is_the_documents() -> None:
