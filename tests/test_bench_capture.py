@@ -149,6 +149,12 @@ def test_an_update_is_captured(device: StandIn) -> None:
     assert device.is_as_before()
 
 
+def test_an_empty_graph_is_no_failure(device: StandIn) -> None:
+    """torch warns of it, which is an error here: it would stand in for what the update raised."""
+    assert isinstance(measure.captured(lambda: None)[0], StandInGraph)
+    assert device.is_as_before()
+
+
 def test_an_update_that_waits_for_the_device_is_not_captured(device: StandIn) -> None:
     assert measure.captured(device.copy_from_host) == (None, "it waits for the device")
     assert device.begun == 0
