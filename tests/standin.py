@@ -41,7 +41,7 @@ NEEDED = {
     "test_a_compiled_training_step": "Inductor's code for a GPU",
     "test_a_fused_optimizer_that_skips_its_step_is_no_step": "GradScaler on a GPU",
     "test_figures_of_a_gpu": CUDA_ONLY["Event"],
-    "test_the_guard_raises_at_the_next_update_and_changes_nothing": "an asynchronous device",
+    "test_an_invalidated_capture_leaves_a_gpu_as_it_was": CUDA_ONLY["CUDAGraph"],
     "test_no_update_compiles_or_loads_a_kernel": "compiled kernels",
 }
 

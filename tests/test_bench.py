@@ -17,11 +17,11 @@ from torch import Tensor, nn
 pytest.importorskip("tqdm")
 
 from bench import __main__, cold, drift, gate, host, measure, peers, report, run, scaling, step
-from bench.machine import Machine
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
 from bench.peers import Built
 from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, Spread, StepRow
+from tests.test_bench_capture import MACHINE
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -265,11 +265,6 @@ def test_momenta() -> None:
 def test_spread() -> None:
     assert Spread.of([3.0]) == Spread(1, 3.0, 3.0, 3.0)
     assert Spread.of([float(value) for value in range(11)]) == Spread(11, 1.0, 5.0, 9.0)
-
-
-MACHINE = Machine(
-    "cpu", "Slow, 2 cores", 2**34, 2**20, "Slow", 2, None, None, "3.12", {"torch": "2"}
-)
 
 
 def row(peer: str, median: float, schedule: str = "constant", **facts) -> Row:

@@ -11,13 +11,15 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import gate, measure, peers, report, run
-from bench.machine import commit
+from bench.machine import Machine, commit
 from bench.models import Model, make_module
 from bench.peers import Built
 from bench.results import Results, Row, Spread
-from tests.test_bench import MACHINE
 
 CPU = torch.device("cpu")
+MACHINE = Machine(
+    "cpu", "Slow, 2 cores", 2**34, 2**20, "Slow", 2, None, None, "3.12", {"torch": "2"}
+)
 TINY = Model("tiny", {"a.weight": (5, 3), "a.bias": (5,)})
 SYNCHRONIZED = "called a synchronizing CUDA operation"
 MILLISECOND = Spread(9, 1000.0, 1000.0, 1000.0)
