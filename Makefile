@@ -28,11 +28,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --ignore=tests/ptx
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 tests/ptx
+	$(BIN)/python -m pytest -n 2
 
 ptx: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -m "" tests/ptx
+	$(BIN)/python -m pytest -n 2 -m "" tests/ptx
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench run

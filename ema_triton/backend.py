@@ -31,9 +31,9 @@ class Backend(NamedTuple):
 def choose(requested: str, plan: Plan) -> Backend:
     """Resolve "auto", "triton" or "foreach" for the tensors of a plan.
 
-    "auto" takes Triton where it drives the tensors' device and can compile there, else foreach;
-    it never takes Triton's interpreter. Tensors that the kernel cannot take, for their dtype or
-    their layout, go through the reference path under "triton" too, and the reason names them.
+    "auto" takes Triton where it drives the tensors' device and can compile there, else foreach.
+    Tensors that the kernel cannot take, for their dtype or their layout, go through the reference
+    path under "triton" too, and the reason names them.
 
     Args:
         requested: One of `BACKENDS`.
@@ -82,8 +82,6 @@ def _obstacle(plan: Plan, *, explicit: bool) -> str | None:
         from ema_triton import launch
     except ImportError as error:
         return f"triton does not import ({error}); pip install triton"
-    if launch.INTERPRETED and not explicit:
-        return "TRITON_INTERPRET=1 is set, and 'auto' never takes Triton's interpreter"
     obstacles = [
         launch.device_obstacle(bucket.key.device) if explicit else launch.obstacle(bucket)
         for bucket in plan.buckets

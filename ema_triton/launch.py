@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -27,9 +24,6 @@ EXACT_BLOCK = 1024
 WARPS = 4
 # A swap has both sides in flight until it stores them crosswise: 32 to 40 registers.
 EXCHANGE_BLOCK = {2: 2048, 4: 1024, 8: 512}
-
-# Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1).
-INTERPRETED = not isinstance(ema_update, triton.runtime.JITFunction)
 
 
 def update(plan: Plan, momentum: float | Tensor) -> None:
@@ -53,7 +47,8 @@ def exchange(bucket: Bucket) -> None:
     if obstacle(bucket) is not None:
         reference.exchange(bucket)
         return
-    with _current(bucket.key.device):
+    # Triton launches on the current device, whatever device the arguments are on.
+    with torch.accelerator.device_index(bucket.key.device.index):
         kernels.exchange[(len(bucket.chunk_table),)](
             bucket.chunk_table,
             bucket.flat,
@@ -100,7 +95,7 @@ def obstacle(bucket: Bucket) -> str | None:
 
 def device_obstacle(device: torch.device) -> str | None:
     """Why the kernel cannot run on this device; None if it can."""
-    if device.type in ("cuda", "xpu") or INTERPRETED:
+    if device.type in ("cuda", "xpu"):
         return None
     return f"the tensors are on {device}, which Triton does not drive"
 
@@ -108,7 +103,7 @@ def device_obstacle(device: torch.device) -> str | None:
 def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
     key, share = bucket.key, bucket.share(momentum)
     value, pointer = (share, None) if isinstance(share, float) else (0.0, share)
-    with _current(key.device):
+    with torch.accelerator.device_index(key.device.index):  # on which Triton launches
         ema_update[(chunks,)](
             bucket.chunk_table,
             bucket.flat,
@@ -129,11 +124,3 @@ def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
 
 def _online(bucket: Bucket) -> tl.dtype:
     return _NARROW.get(bucket.key.online_dtype, tl.float64)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever device the arguments are on."""
-    if device.type == "cpu":  # the interpreter
-        return nullcontext()
-    guard: AbstractContextManager[object] = torch.get_device_module(device).device(device)
-    return guard

@@ -1,18 +1,14 @@
-"""Where kernels run in tests: on a GPU where there is one, else in Triton's interpreter on the CPU.
-
-The interpreter is chosen when triton is imported, so this comes before any such import.
-"""
+"""Where kernels run in tests: on a GPU where there is one, else on the CPU, compiled for sm_90."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
@@ -38,6 +34,39 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"{len(skipped)} GPU tests were skipped: run them with `make gpu` on a GPU."
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> Iterator[Callable[[torch.device], str | None] | None]:
+    """Where there is no GPU, backend="triton" runs on the CPU; "auto" does not take it there."""
+    if GPU or find_spec("triton") is None:
+        yield None
+        return
+    from ema_triton import backend, launch
+    from ema_triton.plan import Plan
+    from tests.ptx.run import compiled_for
+
+    device_obstacle, decide = launch.device_obstacle, backend._obstacle
+
+    def decide_here(plan: Plan, *, explicit: bool) -> str | None:
+        with pytest.MonkeyPatch.context() as patch:
+            if not explicit and launch.device_obstacle is stand_in:
+                patch.setattr(launch, "device_obstacle", device_obstacle)
+            return decide(plan, explicit=explicit)
+
+    with compiled_for(90), pytest.MonkeyPatch.context() as patch:
+        stand_in = launch.device_obstacle
+        patch.setattr(backend, "_obstacle", decide_here)
+        yield device_obstacle
+
+
+@pytest.fixture
+def no_cpu(
+    _kernels: Callable[[torch.device], str | None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton does not drive the CPU, as outside of these tests."""
+    if _kernels is not None:
+        monkeypatch.setattr("ema_triton.launch.device_obstacle", _kernels)
 
 
 @pytest.fixture

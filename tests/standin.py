@@ -28,11 +28,8 @@ CUDA_ONLY = {
     ),
 }
 
-FUSED = "a fused multiply-add, which Triton's interpreter rounds twice"
 TWO = "a second device"
 NEEDED = {
-    "test_fp32_equals_foreach_lerp_bit_by_bit": FUSED,
-    "test_both_backends_round_alike_by_chance": FUSED,
     "test_an_update_neither_synchronises_nor_allocates": CUDA_ONLY["memory_stats"],
     "test_auto_takes_triton": "a device that Triton drives",
     "test_a_model_half_on_the_cpu": TWO,
@@ -84,11 +81,6 @@ def skipping(reason: str) -> Any:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-each", action="store_true", help="only each test's first parameters")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Triton's interpreter computes with numpy, which warns where a result overflows."""
-    config.addinivalue_line("filterwarnings", "ignore:overflow encountered in:RuntimeWarning")
 
 
 @pytest.hookimpl(trylast=True)

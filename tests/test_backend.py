@@ -8,14 +8,9 @@ from torch import nn
 
 from ema_triton import ModelEMA
 
-CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not set there")
 
-
-def test_auto_takes_foreach_on_a_cpu_and_says_why(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launch = pytest.importorskip("ema_triton.launch")
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+def test_auto_takes_foreach_on_a_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
     with caplog.at_level(logging.INFO, logger="ema_triton"):
         ema = ModelEMA(nn.Linear(2, 2))
         ema.update(0.5)
@@ -25,14 +20,6 @@ def test_auto_takes_foreach_on_a_cpu_and_says_why(
     (record,) = caplog.records
     assert record.name == "ema_triton"
     assert record.getMessage() == f"EMA backend: foreach ({ema.backend_reason})"
-
-
-@CPU_ONLY
-def test_auto_never_takes_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    ema = ModelEMA(nn.Linear(2, 2))
-    assert ema.backend == "foreach"
-    assert "'auto' never takes Triton's interpreter" in ema.backend_reason
 
 
 def test_triton_runs_where_asked_for(kernel_device: torch.device) -> None:
@@ -46,9 +33,9 @@ def test_triton_runs_where_asked_for(kernel_device: torch.device) -> None:
     torch.testing.assert_close(ema.ema_model.weight, before + 0.25)
 
 
-def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = pytest.importorskip("ema_triton.launch")
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+@pytest.mark.usefixtures("no_cpu")
+def test_triton_where_it_cannot_run_is_an_error() -> None:
+    pytest.importorskip("triton")
     with pytest.raises(RuntimeError, match=r"'triton' cannot run here: .* on cpu.*backend='auto'"):
         ModelEMA(nn.Linear(2, 2), backend="triton")
 
@@ -60,7 +47,6 @@ def test_auto_falls_back_where_triton_cannot_compile(monkeypatch: pytest.MonkeyP
         raise OSError("no C compiler")
 
     monkeypatch.setattr(launch, "prepare", fail)
-    monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "obstacle", lambda bucket: None)
     monkeypatch.setattr(launch, "device_obstacle", lambda device: None)
     ema = ModelEMA(nn.Linear(2, 2))

@@ -1,7 +1,6 @@
 """The compiled kernel is what the design promises: wide accesses, no shared memory, no spills."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,15 +21,9 @@ NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the compiler: TRITON_INTERPRET, which the other tests need, replaces it."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    """Run Python in the repository's root."""
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 

@@ -20,8 +20,6 @@ from ema_triton.precision import PRECISIONS, join
 from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout
 
 pytest.importorskip("triton")
-# Triton's interpreter computes with numpy, which warns of these.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in:RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = float("inf"), float("nan")
 BAD = (NAN, INF, -INF)

@@ -2,11 +2,13 @@
 
 import sys
 import textwrap
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
@@ -24,6 +26,23 @@ from tests.test_generated_code import python
 RAGGED = Model(
     "ragged", {"a": (2, 8192), "b": (8200,), "c": (101,), "d": (1,), "e": (0, 3), "f": (64, 64)}
 )
+
+
+@pytest.fixture(autouse=True)
+def _candidates(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    """Where there is no GPU, the candidates are executed on the CPU too."""
+    if kernel_device.type != "cpu":
+        return
+    from tests.ptx.run import Kernel, spans_of
+
+    kernel, launched = Kernel(tune.candidate), tune._launch
+
+    def launched_here(bucket: Bucket, variant: tune.Variant, table: Tensor) -> None:
+        kernel.everyone = [*chain.from_iterable(spans_of(bucket, len(bucket.flat)))]
+        launched(bucket, variant, table)
+
+    monkeypatch.setattr(tune, "candidate", kernel)
+    monkeypatch.setattr(tune, "_launch", launched_here)
 
 
 def bucket_of(case: Case, device: torch.device) -> Bucket:

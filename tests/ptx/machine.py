@@ -48,6 +48,10 @@ GROUP = 64
 ALWAYS = np.ones((1, 1), bool)
 
 
+# What an access is told beside its type. What is said of caches changes no value.
+HOW = {"v2", "v4", "L1::evict_first", "L2::cache_hint"}
+
+
 class UnknownInstructionError(NotImplementedError):
     """The machine cannot execute this program."""
 
@@ -69,6 +73,7 @@ class Blocks:
         self.position = 0
         self.registers = {
             "%ctaid.x": numbers[:, None],
+            "%nctaid.x": np.full((1, 1), launch.blocks, "u4"),
             "%tid.x": np.arange(program.threads, dtype="u4")[None],
         }
 
@@ -92,7 +97,7 @@ class Blocks:
 
     def part(self, chosen: Array, position: int) -> Blocks:
         """Some of the blocks, at a position."""
-        part = Blocks(self.program, self.launch, self.numbers[chosen], self.shared.part(chosen))
+        part = Blocks(self.program, self.launch, self.numbers[chosen], self.shared)
         part.position = position
         for name, bits in self.registers.items():
             part.registers[name] = bits[chosen] if len(bits) > 1 else bits
@@ -116,7 +121,7 @@ class Program:
         self._parameters = re.findall(r"\.param .* (\w+),?$", header, re.M)
         self._shared = re.findall(r"\.shared .* (\w+)\[\];", header)
         declared = re.findall(r"\.reg \.(\w+)\s+(%\w+)<\d+>;", body)
-        self._widths = {"%tid.x": 32, "%ctaid.x": 32}
+        self._widths = dict.fromkeys(("%tid.x", "%ctaid.x", "%nctaid.x"), 32)
         self._widths |= {prefix: KINDS[kind].width for kind, prefix in declared}
         self._labels: dict[str, int] = {}
         self._texts: list[str] = []
@@ -131,7 +136,7 @@ class Program:
         """Execute all blocks."""
         for first in range(0, launch.blocks, GROUP):
             numbers = np.arange(first, min(first + GROUP, launch.blocks), dtype="u4")
-            shared = Shared(noise((len(numbers), launch.shared // 4), 32))
+            shared = Shared(len(numbers), launch.shared)
             waiting = [Blocks(self, launch, numbers, shared)]
             while waiting:
                 waiting += self._run(waiting.pop())
@@ -168,13 +173,13 @@ class Program:
         match name.split("."):
             case ["ld", "param", kind]:
                 return self._parameter(*operands, KINDS[kind])
-            case ["ld" | "st" as what, "global" | "shared" as space, *_, kind]:
+            case ["ld" | "st" as what, "global" | "shared" as space, *how, kind] if {*how} <= HOW:
                 return self._access(what, space, operands, KINDS[kind], active)
             case ["mov", kind] if "{" in rest:
                 return self._repack(*operands, kind, active)
             case ["bra", *_]:
                 return self._branch(operands[0], active)
-            case ["bar", "sync"] if guard is None:
+            case ["bar", "sync"] | ["createpolicy", *_] if guard is None:
                 return lambda blocks: None
             case ["ret"] if guard is None:
                 return lambda blocks: []
@@ -215,29 +220,33 @@ class Program:
         self, what: str, space: str, operands: list[str], kind: Kind, active: Source
     ) -> Step:
         """A load or a store of one word, or of several neighbours."""
-        place, words = operands if what == "st" else operands[::-1]
+        place, words = operands[:2] if what == "st" else operands[1::-1]
         symbol, offset = re.fullmatch(r"\[\s*(\S+?)\s*(?:\+\s*(\d+)\s*)?\]", place).groups()
         begin = self._source(symbol, KINDS["u64" if space == "global" else "u32"])
         skip, size, names = int(offset or 0), kind.width // 8, re.findall(r"[%\w]+", words)
 
-        def memory(blocks: Blocks) -> Memory | Shared:
-            return blocks.launch.memory if space == "global" else blocks.shared
+        def places(blocks: Blocks) -> tuple[Memory, Array, Array]:
+            addresses = begin(blocks) + skip
+            if space == "global":
+                return blocks.launch.memory, blocks.numbers, addresses
+            rows = blocks.numbers % GROUP
+            return blocks.shared.memory, rows, blocks.shared.addresses(rows, addresses)
 
         if what == "st":
             sources = [self._source(name, kind) for name in names]
 
             def store(blocks: Blocks) -> None:
+                memory, numbers, addresses = places(blocks)
                 bits = [kind.bits(source(blocks)) for source in sources]
-                memory(blocks).store(blocks.numbers, begin(blocks) + skip, active(blocks), bits)
+                memory.store(numbers, addresses, active(blocks), bits)
 
             return store
         targets = [self._target(name, kind) for name in names]
 
         def load(blocks: Blocks) -> None:
+            memory, numbers, addresses = places(blocks)
             where = active(blocks)
-            words = memory(blocks).load(
-                blocks.numbers, begin(blocks) + skip, where, size, len(names)
-            )
+            words = memory.load(numbers, addresses, where, size, len(names))
             for write, word in zip(targets, words, strict=True):
                 write(blocks, kind.numbers(word), where)
 

@@ -104,36 +104,19 @@ def _told(spans: Sequence[Span], begin: int, end: int) -> str:
 
 
 class Shared:
-    """The shared memory of some blocks, which begins at address 0: [blocks, words of 32 bits]."""
+    """The shared memory of some blocks, for each of which it begins at 0; noise at first."""
 
-    def __init__(self, words: Array) -> None:
-        self._words = words
+    def __init__(self, blocks: int, size: int) -> None:
+        self._bytes = np.random.default_rng().integers(256, size=(blocks, size), dtype="u1")
+        self._begins = self._bytes.ctypes.data + size * np.arange(blocks, dtype="u8")
+        begins = self._begins.tolist()
+        self.memory = Memory(
+            [], [[Span("shared memory", begin, begin + size, True)] for begin in begins]
+        )
 
-    def part(self, chosen: Array) -> Shared:
-        """That of some of the blocks."""
-        return Shared(self._words[chosen])
-
-    def load(self, _: Array, addresses: Array, active: Array, size: int, count: int) -> list[Array]:
-        """The word at each address; any where not active."""
-        index, active = self._index(addresses, active, size * count)
-        return [np.take_along_axis(self._words, np.where(active, index, 0), 1)]
-
-    def store(self, _: Array, addresses: Array, active: Array, words: list[Array]) -> None:
-        """A word to each address."""
-        index, active = self._index(addresses, active, sum(word.itemsize for word in words))
-        active, index, word = np.broadcast_arrays(active, index, *words)
-        self._words[np.nonzero(active)[0], index[active]] = word[active]
-
-    def _index(self, addresses: Array, active: Array, size: int) -> tuple[Array, Array]:
-        blocks = len(self._words)
-        addresses, active, _ = np.broadcast_arrays(addresses, active, np.empty((blocks, 1)))
-        end = 4 * self._words.shape[1]
-        wrong = active & ((addresses % 4 != 0) | (addresses >= end))
-        if wrong.any() or size != 4:
-            raise ProgramError(
-                f"access of {size} bytes at {addresses[wrong]} of {end} of shared memory"
-            )
-        return addresses // 4, active
+    def addresses(self, blocks: Array, offsets: Array) -> Array:
+        """Where these are in `memory`."""
+        return self._begins[blocks, None] + offsets
 
 
 class _Window:

@@ -27,6 +27,9 @@ from tests.ptx.memory import Memory, Span
 
 ARCHITECTURES = (80, 90, 100)
 
+# Where it is active, `compiled_for` has others in their places.
+UPDATE, EXCHANGE = kernels.ema_update, kernels.exchange
+
 # Decoding takes longer than a small launch.
 decoded = lru_cache(256)(Program)
 
@@ -36,7 +39,8 @@ class Kernel:
 
     def __init__(self, jitted: triton.JITFunction, edit: Callable[[str], str] = str) -> None:
         self.jitted, self.edit = jitted, edit
-        self.spans: list[list[Span]] = []  # what each block may touch, beside what all may read
+        self.everyone: list[Span] = []  # what all blocks may touch
+        self.own: list[list[Span]] = []  # what each block may touch beside that
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -49,21 +53,23 @@ class Kernel:
             for name, value in arguments.items()
             if compiled.src.signature[name] != "constexpr"
         }
-        everyone = [
+        read = [
             Span.of(name, arguments[name])
-            for name in ("draws_ptr", "momentum_ptr")
+            for name in ("table_ptr", "draws_ptr", "momentum_ptr")
             if name in arguments
         ]
         program = decoded(self.edit(compiled.asm["ptx"]))
         # Behind its arguments a program has pointers to scratch memory, which it does not use.
         parameters = [*map(_bits, arguments.values()), *[np.zeros((1, 1), "u8")] * 2]
-        memory = Memory(everyone, self.spans)
+        memory = Memory(self.everyone + read, self.own)
         program.run(Launch(grid[0], parameters, compiled.metadata.shared, memory))
 
 
-def _bits(value: Tensor | float) -> np.ndarray:
+def _bits(value: Tensor | int | float) -> np.ndarray:
     if isinstance(value, Tensor):
         return np.full((1, 1), value.data_ptr(), "u8")
+    if isinstance(value, int):
+        return np.full((1, 1), value, "u4")
     return np.full((1, 1), value, "f8").view("u8")
 
 
@@ -80,15 +86,15 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
     )
-    update, exchange = Kernel(kernels.ema_update, edit), Kernel(kernels.exchange, edit)
+    update, exchange = Kernel(UPDATE, edit), Kernel(EXCHANGE, edit)
     launch_update, launch_exchange = launch._launch, launch.exchange
 
     def updating(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
-        update.spans = spans_of(bucket)
+        update.own = spans_of(bucket)
         launch_update(bucket, momentum, chunks)
 
     def exchanging(bucket: Bucket) -> None:
-        exchange.spans = spans_of(bucket, exchanges=True)
+        exchange.own = spans_of(bucket, exchanges=True)
         launch_exchange(bucket)
 
     before = dict(vars(driver))
@@ -105,18 +111,16 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
             vars(driver).update(before)
 
 
-def spans_of(bucket: Bucket, *, exchanges: bool = False) -> list[list[Span]]:
-    """What each block of a launch may touch: its chunk of one tensor, and what belongs to it."""
+def spans_of(bucket: Bucket, chunk: int = CHUNK, *, exchanges: bool = False) -> list[list[Span]]:
+    """What each block of a launch may touch: its chunk of one tensor, and what is beside it."""
     found = []
     for name, offset, source in zip(bucket.names, bucket.offsets, bucket.sources, strict=True):
-        for begin in range(0, source.numel(), CHUNK):
-            end, number = min(begin + CHUNK, source.numel()), len(found)
+        for begin in range(0, source.numel(), chunk):
+            end, number = min(begin + chunk, source.numel()), len(found)
             online, ema = slice(begin, end), slice(offset + begin, offset + end)
-            row = slice(3 * number, 3 * number + 3)
             spans = [
                 Span.of(f"EMA of {name}", bucket.flat, ema, writable=True),
                 Span.of(f"online {name}", source, online, writable=exchanges),
-                Span.of("its row of the table", bucket.chunk_table, row),
             ]
             if bucket.companion is not None and not exchanges:
                 beside = Span.of(f"companion of {name}", bucket.companion, ema, writable=True)

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.importorskip("numpy", "2.0")
 pytest.importorskip("triton")
 
 from ema_triton import launch, reference
 from tests.ptx.opcodes import ProgramError
 from tests.ptx.run import compiled_for
 from tests.ptx.test_launches import assert_same, layout, plans
-
-pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="needs TRITON_INTERPRET=0")
 
 FP32 = (torch.float32, torch.float32, "nearest")
 EXACT = (torch.bfloat16, torch.bfloat16, "exact")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+pytest.importorskip("numpy", "2.0")
 pytest.importorskip("triton")
 
 from ema_triton import launch, reference
@@ -16,8 +17,6 @@ from ema_triton.plan import Plan, make_plan
 from ema_triton.precision import COMPANION_DTYPE, PRECISIONS
 from tests.ptx.run import ARCHITECTURES, compiled_for
 from tests.strategies import KERNEL_DTYPES, MOMENTA, Layout, layouts
-
-pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="needs TRITON_INTERPRET=0")
 
 CPU = torch.device("cpu")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
