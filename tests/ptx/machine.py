@@ -1,7 +1,7 @@
 """A machine that executes PTX, NVIDIA's portable assembly language, on the CPU.
 
-Triton compiles a kernel to PTX; beside a GPU, the driver's assembler, ptxas, makes instructions of
-that. The kernels of this library use a small part of the language: integer and floating arithmetic,
+Triton compiles a kernel to PTX, of which NVIDIA's assembler, ptxas, makes a GPU's instructions. The
+kernels of this library use a small part of the language: integer and floating arithmetic,
 predicated loads and stores, a few branches. The machine executes that part, with numpy arrays in
 the place of threads, on memory of this process: what is loaded and stored are tensors on the CPU.
 
@@ -23,11 +23,11 @@ So is `mul.f32`, on purpose: ptxas may contract it with a following `add.f32`, a
 not be told from the PTX. Which NaN comes out of an operation is not modelled.
 
 **Every access to memory is checked.** Its address must be a multiple of its size, and inside what
-the launch may read, or may write: for global memory the spans of its tensors, for shared memory the
-size that Triton asks for.
+the block may read, or may write: of global memory its chunk of a tensor and what belongs to that,
+of shared memory the size that Triton asks for.
 
-Not modelled: time; races, since no thread is ahead of another one (`bar.sync` does nothing); the
-rounding of instructions that ptxas makes of several.
+Not modelled: time; races, since no thread is ahead of another one (`bar.sync` does nothing); what
+ptxas does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ GROUP = 64
 
 # Where an instruction without a guard is executed.
 ALWAYS = np.ones((1, 1), bool)
-
 
 # What an access is told beside its type. What is said of caches changes no value.
 HOW = {"v2", "v4", "L1::evict_first", "L2::cache_hint"}

@@ -183,7 +183,7 @@ OPCODES = {
     "sub": Opcode("dsd", np.subtract),
     "sub.rn": Opcode("dsd", np.subtract),
     "mul.rn": Opcode("dss", np.multiply),
-    "fma.rn": Opcode("dssd", fma),
+    **{f"fma.rn.{name}": Opcode("dssd", fma) for name in ("f32", "f32x2", "f64")},
     "mul.lo": Opcode("dss", np.multiply),
     "mul.hi": Opcode("dss", lambda a, b: _wide(a) * _wide(b) >> 8 * a.dtype.itemsize),
     "mul.wide": Opcode("wss", lambda a, b: _wide(a) * _wide(b)),

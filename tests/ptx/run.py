@@ -1,8 +1,8 @@
 """Launches of `ema_triton.launch`, compiled for an NVIDIA GPU and executed on the CPU.
 
-Triton compiles for any GPU on any machine. What it asks a driver for is which GPU is there, and
-`Target` answers; what a kernel is launched with, constants and alignments included, is what
-`launch.py` launches it with, since a `Kernel` stands in the place of the jitted function there.
+Triton compiles for any GPU on any machine; all that it asks its driver is which GPU is there, and
+`compiled_for` has the answer. What a kernel is launched with, constants and alignments included, is
+what `launch.py` launches it with: a `Kernel` stands in the place of the jitted function there.
 """
 
 from __future__ import annotations

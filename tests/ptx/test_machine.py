@@ -194,6 +194,7 @@ def test_what_was_never_written_is_random() -> None:
     ("body", "message"),
     [
         ("mul.f32 %r3, %r1, %r1;", "mul.f32 is not in the table"),
+        ("fma.rn.bf16 %rs3, %rs1, %rs1, %rs1;", "fma.rn.bf16 is not in the table"),
         ("rsqrt.approx.f32 %r3, %r1;", "rsqrt.approx.f32 is not in the table"),
         ("add.s32 %r3, %rd1, %r1;", "%rd1 has 64 bits, and the type 32"),
         ("add.f64 %rd3, 0f3F800000, %rd1;", "0f3F800000 where 64 bits are needed"),
