@@ -89,7 +89,7 @@ def join(weight, companion):
     if companion.dtype == tl.int16:
         bits = wide.to(tl.int32, bitcast=True) + companion.to(tl.int32)
         value = bits.to(tl.float32, bitcast=True)
-        # Where somebody else wrote the weight, an old companion can make a NaN of it.
+        # Beside a weight that was written since, an old companion can make a NaN of it.
         return tl.where(value == value, value, wide)
     else:
         return tl.where(narrow(companion, weight.dtype) == weight, companion, wide)
@@ -301,7 +301,7 @@ def ema_update(
 
 @triton.jit
 def add(counters_ptr, spared):
-    """Add to this program's counter, which is nobody else's; in the usual case there is nothing."""
+    """Add to the counter of this program's chunk, which no other program writes; often nothing."""
     total = tl.sum(spared)
     if total > 0:
         counter = counters_ptr + tl.program_id(0)

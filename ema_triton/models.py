@@ -85,7 +85,7 @@ def check_model(model: object) -> None:
             "model should be an instance of nn.Module or its subclasses, but got "
             f"{type(model).__name__}. Pass the model whose weights are to be averaged."
         )
-    # Whoever has such a model has imported this.
+    # Via sys.modules: a model of this kind exists only where this is imported.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules():
         which = f"module {name!r}" if name else "the model"

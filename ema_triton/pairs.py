@@ -48,7 +48,7 @@ class Slot(NamedTuple):
 
     @property
     def place(self) -> tuple[int, str]:
-        """Tells slots apart; two names of one module share theirs."""
+        """Tells slots apart; equal for two names of one module."""
         return id(self.owner), self.key
 
 
@@ -149,16 +149,16 @@ def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot])
                 f"{kind} '{name}' belongs to a module that the EMA model shares with the online "
                 "model, so there is nothing to average. Give an ema_model with modules of its own."
             )
-        online, mine = slot.read(), ema[name].read()
+        online, averaged = slot.read(), ema[name].read()
         assert isinstance(online, Tensor)  # empty slots are not listed
         _check_kind(kind, name, online)
-        if mine is None:
-            mine = own_copy(online)
+        if averaged is None:
+            averaged = own_copy(online)
         else:
-            _check_kind(kind, name, mine)
+            _check_kind(kind, name, averaged)
             _check_layouts(name, slot.whole(), ema[name].whole())
-            _check_shapes(name, online, mine)
-        pairs.append(Pair([name], [slot], [ema[name]], online, mine))
+            _check_shapes(name, online, averaged)
+        pairs.append(Pair([name], [slot], [ema[name]], online, averaged))
     return pairs
 
 

@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     """What an EMA knows beside its weights.
 
     `values` are the fp32 values of exact tensors by name. They count where they round to the
-    weights, which somebody may have written. `nonfinite` are the skip counts by name.
+    weights, which may have been written since. `nonfinite` are the skip counts by name.
     """
 
     values: Mapping[str, Tensor]

@@ -48,7 +48,7 @@ class Scratch(NamedTuple):
 def join(weight: Tensor, companion: Tensor, scratch: Scratch | None = None) -> Tensor:
     """The fp32 values of exact weights and their companions, in the scratch.
 
-    Where somebody wrote a weight and its companion is still the old one, the value is one that
+    Where a weight was written and its companion is still the old one, the value is one that
     rounds to the weight.
     """
     scratch = scratch or Scratch.like(weight)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def is_sharded(tensor: object) -> bool:
     """Whether it is a `DTensor`."""
-    # Whoever has one has imported this, which takes 0.6 s.
+    # Via sys.modules: importing it takes 0.6 s, and where there is a DTensor it is imported.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
