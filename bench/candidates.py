@@ -10,7 +10,7 @@ from ema_triton.kernels import chunk, join, lerp, narrow, split, widen
 def candidate(
     table_ptr,
     ema_ptr,
-    companion_ptr,
+    residual_ptr,
     rows,
     momentum: tl.float64,
     ONLINE: tl.constexpr,
@@ -35,7 +35,7 @@ def candidate(
             table_ptr,
             row,
             ema_ptr,
-            companion_ptr,
+            residual_ptr,
             momentum,
             ONLINE,
             WIDTH,
@@ -50,7 +50,7 @@ def update_row(
     table_ptr,
     row,
     ema_ptr,
-    companion_ptr,
+    residual_ptr,
     momentum,
     ONLINE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -62,9 +62,9 @@ def update_row(
     address, offset, length, aligned = chunk(table_ptr, row)
     weight = tl.full((), momentum, tl.float32)
     ema = tl.multiple_of(ema_ptr + offset, 16)
-    companion = companion_ptr
-    if companion_ptr is not None:
-        companion = tl.multiple_of(companion_ptr + offset, 16)
+    residual = residual_ptr
+    if residual_ptr is not None:
+        residual = tl.multiple_of(residual_ptr + offset, 16)
     if aligned:
         online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
         bound = (length // 8) * 8
@@ -72,14 +72,14 @@ def update_row(
             index = start + tl.arange(0, BLOCK)
             ema_ptrs = ema + index
             online_ptrs = online + index
-            companion_ptrs = None if companion is None else companion + index
+            residual_ptrs = None if residual is None else residual + index
             if WIDTH > 0:
                 ema_ptrs = tl.max_contiguous(ema_ptrs, WIDTH)
                 online_ptrs = tl.max_contiguous(online_ptrs, WIDTH)
-                if companion is not None:
-                    companion_ptrs = tl.max_contiguous(companion_ptrs, WIDTH)
+                if residual is not None:
+                    residual_ptrs = tl.max_contiguous(residual_ptrs, WIDTH)
             update_elements(
-                ema_ptrs, online_ptrs, companion_ptrs, index < bound, weight, ONLINE_HINT, EMA_HINT
+                ema_ptrs, online_ptrs, residual_ptrs, index < bound, weight, ONLINE_HINT, EMA_HINT
             )
     else:
         online = address.to(tl.pointer_type(ONLINE))
@@ -88,7 +88,7 @@ def update_row(
             update_elements(
                 ema + index,
                 online + index,
-                None if companion is None else companion + index,
+                None if residual is None else residual + index,
                 index < length,
                 weight,
                 ONLINE_HINT,
@@ -100,7 +100,7 @@ def update_row(
 def update_elements(
     ema_ptrs,
     online_ptrs,
-    companion_ptrs,
+    residual_ptrs,
     mask,
     momentum,
     ONLINE_HINT: tl.constexpr,
@@ -110,12 +110,12 @@ def update_elements(
     EMA: tl.constexpr = ema_ptrs.dtype.element_ty
     ema = tl.load(ema_ptrs, mask=mask, eviction_policy=EMA_HINT)
     online = widen(tl.load(online_ptrs, mask=mask, eviction_policy=ONLINE_HINT), tl.float32)
-    if companion_ptrs is None:
+    if residual_ptrs is None:
         value = lerp(widen(ema, tl.float32), online, momentum)
         tl.store(ema_ptrs, narrow(value, EMA), mask=mask, eviction_policy=EMA_HINT)
     else:
-        companion = tl.load(companion_ptrs, mask=mask, eviction_policy=EMA_HINT)
-        value = lerp(join(ema, companion), online, momentum)
-        ema, companion = split(value, EMA, companion_ptrs.dtype.element_ty)
-        tl.store(companion_ptrs, companion, mask=mask, eviction_policy=EMA_HINT)
+        residual = tl.load(residual_ptrs, mask=mask, eviction_policy=EMA_HINT)
+        value = lerp(join(ema, residual), online, momentum)
+        ema, residual = split(value, EMA, residual_ptrs.dtype.element_ty)
+        tl.store(residual_ptrs, residual, mask=mask, eviction_policy=EMA_HINT)
         tl.store(ema_ptrs, ema, mask=mask, eviction_policy=EMA_HINT)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench import report
 from bench.results import FOLDER
 from ema_triton import ModelEMA
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, join
+from ema_triton.precision import RESIDUAL_DTYPE, PRECISIONS, join
 
 BEGIN, END = "<!-- python -m bench drift -->", "<!-- end of the drift -->"
 
@@ -104,7 +104,7 @@ def course(dtype: str, updates: int) -> Iterator[Point]:
             ema.update(MOMENTUM)
         if update % every == 0 or update == updates:
             exact = emas["exact"].state_dict()
-            accumulated = join(exact["weights"]["0"], exact["companions"]["0"])
+            accumulated = join(exact["weights"]["0"], exact["residuals"]["0"])
             values = {"float64": truth, "accumulated": accumulated.double()}
             values |= {name: ema.ema_model[0].detach().double() for name, ema in emas.items()}
             for name, value in values.items():
@@ -187,8 +187,8 @@ def table(points: list[Point]) -> str:
 
 
 def _stored(dtype: torch.dtype, precision: str) -> int:
-    companion = COMPANION_DTYPE[dtype].itemsize if precision == "exact" else 0
-    return dtype.itemsize + companion
+    residual = RESIDUAL_DTYPE[dtype].itemsize if precision == "exact" else 0
+    return dtype.itemsize + residual
 
 
 def _moved(dtype: torch.dtype, precision: str) -> int:

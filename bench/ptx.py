@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from ema_triton.kernels import ema_update, exchange
 from ema_triton.launch import BLOCK, EXACT_BLOCK, EXCHANGE_BLOCK, WARPS
-from ema_triton.precision import COMPANION_DTYPE, overflow
+from ema_triton.precision import RESIDUAL_DTYPE, overflow
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -48,7 +48,7 @@ CASES = [
 EXCHANGES = [(dtype, dtype, "exchange") for dtype in DTYPES]
 # Whether the momentum is a tensor, and whether the EMA is guarded.
 KINDS = [(False, False), (True, False), (False, True)]
-COMPANIONS = {"bf16": "i16", "fp16": "fp32"}
+RESIDUALS = {"bf16": "i16", "fp16": "fp32"}
 
 # The driver reserves this much shared memory per block from sm_90 on; it is not ours.
 RESERVED_SHARED = 1024
@@ -132,7 +132,7 @@ class Variant:
         """Where the aligned path is not as wide as it could be.
 
         Its accesses are 128 bits wide, or 64 where a narrow type stands beside a wider EMA or
-        companion. What else there is, per thread, belongs to the table's row (three loads), the
+        residual. What else there is, per thread, belongs to the table's row (three loads), the
         momentum, seed and number of the update, the counter, and the masked path, which takes a
         quarter of the block (with noise half) and so as much of the elements that the aligned path
         has per thread, though not less than the two fp64 of a vector. More scalar accesses than
@@ -140,7 +140,7 @@ class Variant:
         """
         stores = [DTYPES[self.ema][1].itemsize]
         if self.precision == "exact":
-            stores.append(COMPANION_DTYPE[DTYPES[self.ema][1]].itemsize)
+            stores.append(RESIDUAL_DTYPE[DTYPES[self.ema][1]].itemsize)
         loads = [*stores, DTYPES[self.online][1].itemsize]
         if self.precision == "exchange":
             stores = loads
@@ -228,7 +228,7 @@ def compiled(
     arguments = {
         "table_ptr": "*i64",
         "ema_ptr": f"*{ema}",
-        "companion_ptr": f"*{COMPANIONS[ema]}" if precision == "exact" else None,
+        "residual_ptr": f"*{RESIDUALS[ema]}" if precision == "exact" else None,
         "draws_ptr": "*i64" if precision == "stochastic" else None,
         "counters_ptr": "*i64" if guarded else None,
         "momentum": "fp64",

@@ -22,7 +22,7 @@ from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line, momenta
 from bench.models import MODELS, Model, make_module
 from bench.results import AGAIN, FOLDER, LIMIT, Results, Row, Spread
-from ema_triton.precision import COMPANION_DTYPE
+from ema_triton.precision import RESIDUAL_DTYPE
 
 
 class Case(NamedTuple):
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     def stored(self) -> int:
         """Bytes of an element of the EMA."""
         exact = self.precision == "exact"
-        return self.ema_dtype.itemsize + (COMPANION_DTYPE[self.ema_dtype].itemsize if exact else 0)
+        return self.ema_dtype.itemsize + (RESIDUAL_DTYPE[self.ema_dtype].itemsize if exact else 0)
 
     @property
     def moved(self) -> int:

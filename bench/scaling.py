@@ -30,7 +30,7 @@ MODELS = (
 )
 RANKS = (8, 64, 512, 2048, 16_384)
 
-# Bytes per element of a shard: what the EMA stores, be it fp32 or bf16 with its companion, and
+# Bytes per element of a shard: what the EMA stores, be it fp32 or bf16 with its residual, and
 # what an update moves, reading both sides and writing one.
 STORED = 4
 MOVED = (12, 10)  # fp32; bf16 exact

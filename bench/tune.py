@@ -234,7 +234,7 @@ def _launch(bucket: Bucket, variant: Variant, table: Tensor) -> None:
     candidate[(grid,)](
         table,
         bucket.flat,
-        bucket.companion,
+        bucket.residual,
         len(table),
         MOMENTUM,
         ONLINE=launch._online(bucket),
@@ -260,7 +260,7 @@ def check(bucket: Bucket, prepared: list[Prepared], piece: int) -> None:
     tables = [bucket.chunk_table, *(one.table for one in prepared)]
     begins = bucket.table(LEAST_PIECE)[:, 1].tolist()
     for begin, end in pieces([*begins, bucket.flat.numel()], piece):
-        stored = [t[begin:end] for t in (bucket.flat, bucket.companion) if t is not None]
+        stored = [t[begin:end] for t in (bucket.flat, bucket.residual) if t is not None]
         before = [tensor.clone() for tensor in stored]
         ships, *rows = (table[(table[:, 1] >= begin) & (table[:, 1] < end)] for table in tables)
         part = replace(bucket)

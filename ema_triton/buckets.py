@@ -38,7 +38,7 @@ class Bucket:
 
     `targets` and `sources` are the EMA and the online elements in the same order of memory:
     one-dimensional where dense, else in the online tensor's shape. A source shares its online
-    tensor's storage and so keeps it alive: nothing else can appear at that address. `companion`
+    tensor's storage and so keeps it alive: nothing else can appear at that address. `residual`
     lies as `flat` does, where the precision is exact. `draws`, where it is stochastic, is int64
     [2]: the bucket's seed, and the number of updates made. `counters`, where non-finite values are
     skipped, is int64, one per chunk: those of a tensor's chunks add up to its skip count.
@@ -47,7 +47,7 @@ class Bucket:
     key: Key
     names: list[str]
     flat: Tensor
-    companion: Tensor | None
+    residual: Tensor | None
     draws: Tensor | None
     counters: Tensor | None
     offsets: list[int]

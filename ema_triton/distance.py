@@ -84,8 +84,8 @@ def _norms(bucket: Bucket) -> Iterator[tuple[str, Tensor, Tensor]]:
     for stretch in reference.stretches(bucket):
         begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()
         ema, online = bucket.flat[begin:end], scratch[: end - begin]
-        if bucket.companion is not None:
-            ema = join(ema, bucket.companion[begin:end])
+        if bucket.residual is not None:
+            ema = join(ema, bucket.residual[begin:end])
         places = [online[o - begin : o - begin + p.numel()].view(p.shape) for o, p in stretch]
         torch._foreach_copy_(places, [part for _, part in stretch])
         norms = torch._foreach_norm(places)

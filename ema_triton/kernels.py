@@ -83,22 +83,22 @@ def noise(seed, update, first, SIZE: tl.constexpr):
 
 
 @triton.jit
-def join(weight, companion):
-    """The fp32 value that an exact EMA keeps in a weight and its companion."""
+def join(weight, residual):
+    """The fp32 value that an exact EMA keeps in a weight and its residual."""
     wide = widen(weight, tl.float32)
-    if companion.dtype == tl.int16:
-        bits = wide.to(tl.int32, bitcast=True) + companion.to(tl.int32)
+    if residual.dtype == tl.int16:
+        bits = wide.to(tl.int32, bitcast=True) + residual.to(tl.int32)
         value = bits.to(tl.float32, bitcast=True)
-        # Beside a weight that was written since, an old companion can make a NaN of it.
+        # Beside a weight that was written since, an old residual can make a NaN of it.
         return tl.where(value == value, value, wide)
     else:
-        return tl.where(narrow(companion, weight.dtype) == weight, companion, wide)
+        return tl.where(narrow(residual, weight.dtype) == weight, residual, wide)
 
 
 @triton.jit
-def split(value, WEIGHT: tl.constexpr, COMPANION: tl.constexpr):
-    """The weight and the companion from which `join` makes this value again."""
-    if COMPANION == tl.int16:
+def split(value, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr):
+    """The weight and the residual from which `join` makes this value again."""
+    if RESIDUAL == tl.int16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value == value, bits, 0x7FC00000)
         weight = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -130,7 +130,7 @@ def count(finite, mask, SIZE: tl.constexpr, GROUP: tl.constexpr):
 def average(
     ema_ptrs,
     online_ptrs,
-    companion_ptrs,
+    residual_ptrs,
     seed,
     update,
     spared,
@@ -151,20 +151,20 @@ def average(
     COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
     ema = tl.load(ema_ptrs, mask=mask)
     online = widen(tl.load(online_ptrs, mask=mask), COMPUTE)
-    companion = None
-    if companion_ptrs is None:
+    residual = None
+    if residual_ptrs is None:
         old = widen(ema, COMPUTE)
     else:
-        companion = tl.load(companion_ptrs, mask=mask)
-        old = join(ema, companion)
+        residual = tl.load(residual_ptrs, mask=mask)
+        old = join(ema, residual)
     value = online if COPY else lerp(old, online, momentum)
     if OVERFLOW is not None:
         finite = tl.abs(value) < OVERFLOW  # not for NaN
         spared += count(finite, mask, SIZE, GROUP)
         value = tl.where(finite, value, old)
-    if companion_ptrs is not None:
-        ema, companion = split(value, EMA, companion_ptrs.dtype.element_ty)
-        tl.store(companion_ptrs, companion, mask=mask)
+    if residual_ptrs is not None:
+        ema, residual = split(value, EMA, residual_ptrs.dtype.element_ty)
+        tl.store(residual_ptrs, residual, mask=mask)
     elif seed is not None:
         ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)
     else:
@@ -187,7 +187,7 @@ def chunk(table_ptr, number):
 def ema_update(
     table_ptr,
     ema_ptr,
-    companion_ptr,
+    residual_ptr,
     draws_ptr,
     counters_ptr,
     momentum: tl.float64,
@@ -201,7 +201,7 @@ def ema_update(
 
     table_ptr: int64 [rows, 3]: online address; element offset in the bucket; length * 2 + aligned.
     ema_ptr: the flat bucket, 16-byte aligned.
-    companion_ptr: what a bucket of exact precision has beside each weight, or None.
+    residual_ptr: what a bucket of exact precision has beside each weight, or None.
     draws_ptr: int64 [2], seed and number of this update, for a bucket of stochastic precision, or
         None; read here, so that each replay of a captured graph rounds anew.
     counters_ptr: int64 [rows], each counting the elements of its chunk that kept their value,
@@ -231,10 +231,10 @@ def ema_update(
     # Every tensor starts on a 16-byte boundary of the bucket. Hints go on the pointer: on the
     # integer they are lost.
     ema = tl.multiple_of(ema_ptr + offset, 16)
-    companion = companion_ptr
-    if companion_ptr is not None:
-        companion = tl.multiple_of(companion_ptr + offset, 16)
-    STORED: tl.constexpr = EMA if companion is None else companion.dtype.element_ty
+    residual = residual_ptr
+    if residual_ptr is not None:
+        residual = tl.multiple_of(residual_ptr + offset, 16)
+    STORED: tl.constexpr = EMA if residual is None else residual.dtype.element_ty
     WIDEST: tl.constexpr = STORED.primitive_bitwidth
     # Neighbours that one thread has, whatever the layout.
     GROUP: tl.constexpr = 2 if EMA == tl.float64 else 4
@@ -257,7 +257,7 @@ def ema_update(
             spared = average(
                 ema_ptrs,
                 online_ptrs,
-                None if companion is None else companion + index,
+                None if residual is None else residual + index,
                 seed,
                 update,
                 spared,
@@ -283,7 +283,7 @@ def ema_update(
             spared_here = average(
                 ema + index,
                 online + index,
-                None if companion is None else companion + index,
+                None if residual is None else residual + index,
                 seed,
                 update,
                 spared_here,

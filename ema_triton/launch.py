@@ -107,7 +107,7 @@ def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
         ema_update[(chunks,)](
             bucket.chunk_table,
             bucket.flat,
-            bucket.companion,
+            bucket.residual,
             bucket.draws,
             bucket.counters,
             value,

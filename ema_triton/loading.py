@@ -57,14 +57,14 @@ def spread_from_first(state: object, ema_model: nn.Module) -> Saved:
         found = Saved.of(state)
         found.check_fit(own)
         return found._replace(
-            weights=ranks.hollow(found.weights), companions=ranks.hollow(found.companions)
+            weights=ranks.hollow(found.weights), residuals=ranks.hollow(found.residuals)
         )
 
     hollow = ranks.from_first(checked)
     found = Saved.of(state) if ranks.is_first() else hollow
     return hollow._replace(
         weights=ranks.spread(hollow.weights, found.weights, own),
-        companions=ranks.spread(hollow.companions, found.companions, own),
+        residuals=ranks.spread(hollow.residuals, found.residuals, own),
     )
 
 
@@ -86,8 +86,8 @@ def load(found: Saved, ema_model: nn.Module, plan: Plan) -> list[str]:
     found.check_fit(own)
     found = found._replace(
         weights={name: shards.part_of(value, own[name]) for name, value in found.weights.items()},
-        companions={
-            name: shards.part_of(value, own[name]) for name, value in found.companions.items()
+        residuals={
+            name: shards.part_of(value, own[name]) for name, value in found.residuals.items()
         },
     )
     exact = {name: one for one in plan.exact for name in one.pair.names}
@@ -95,7 +95,7 @@ def load(found: Saved, ema_model: nn.Module, plan: Plan) -> list[str]:
     values, remarks = found.converted(parts, exact)
     for name, value in values.items():
         if name in exact:
-            split(value, exact[name].weight, exact[name].companion)
+            split(value, exact[name].weight, exact[name].residual)
         else:
             parts[name].copy_(value)
     plan.wrote()

@@ -36,7 +36,7 @@ from ema_triton.pairs import (
     persistent_tensors,
 )
 from ema_triton.plan import Memory, Plan, make_plan
-from ema_triton.precision import COMPANION_DTYPE
+from ema_triton.precision import RESIDUAL_DTYPE
 from ema_triton.saved import VERSION, Saved
 from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
 from ema_triton.swap import Swap
@@ -401,7 +401,7 @@ class ModelEMA:
         from, and loads onto, any number of ranks. It holds the update index, the schedule (as
         JSON; None for a function that is not one of `ema_triton.schedules`), the EMA model's
         parameters and persistent buffers ("weights"), what an exact EMA keeps beside them
-        ("companions"), and from where stochastic rounding goes on ("rounding"). No hooks are
+        ("residuals"), and from where stochastic rounding goes on ("rounding"). No hooks are
         called, and no extra state is in it: `ema_model.state_dict()` has that.
 
         Args:
@@ -418,18 +418,18 @@ class ModelEMA:
             own = persistent_tensors(self._ema_model)
             weights = own if self._swap is None else self._swap.outside(own)
             exact = {name: one for one in plan.exact for name in one.pair.names}
-            companions = {
-                name: shards.like(exact[name].companion, value)
+            residuals = {
+                name: shards.like(exact[name].residual, value)
                 for name, value in own.items()
                 if name in exact and exact[name].is_in_place()
             }
             if clone and not full_state_dict:
-                weights, companions = (
+                weights, residuals = (
                     {name: value.clone() for name, value in tensors.items()}
-                    for tensors in (weights, companions)
+                    for tensors in (weights, residuals)
                 )
             if full_state_dict:
-                weights, companions = ranks.gathered(weights), ranks.gathered(companions)
+                weights, residuals = ranks.gathered(weights), ranks.gathered(residuals)
                 if not ranks.is_first():
                     return {}
             return {
@@ -438,7 +438,7 @@ class ModelEMA:
                 "schedule": self._schedule_as_json(),
                 "weights": weights,
                 "precision": self.precision,
-                "companions": companions,
+                "residuals": residuals,
                 "rounding": (
                     {"seed": plan.seed, "updates": plan.updates}
                     if self.precision == "stochastic"
@@ -700,7 +700,7 @@ class ModelEMA:
             elif (
                 not self._warned
                 and self.precision == "nearest"
-                and bucket.key.ema_dtype in COMPANION_DTYPE
+                and bucket.key.ema_dtype in RESIDUAL_DTYPE
             ):
                 resolution = torch.finfo(bucket.key.ema_dtype).eps
                 share = bucket.share(momentum)

@@ -30,7 +30,7 @@ from ema_triton.pairs import (
     separate,
     tie,
 )
-from ema_triton.precision import COMPANION_DTYPE, as_real, join, shown, split
+from ema_triton.precision import RESIDUAL_DTYPE, as_real, join, shown, split
 from ema_triton.watch import Copies, Watch
 
 
@@ -50,13 +50,13 @@ class Memory(NamedTuple):
 class Exact(NamedTuple):
     """An exact EMA tensor, and what it has beside it.
 
-    Weight and companion lie in a bucket, with the EMA tensor's shape and strides. A weight may be
-    written without its companion: `join` makes of the two a value that rounds to what was written.
+    Weight and residual lie in a bucket, with the EMA tensor's shape and strides. A weight may be
+    written without its residual: `join` makes of the two a value that rounds to what was written.
     """
 
     pair: Pair
     weight: Tensor
-    companion: Tensor
+    residual: Tensor
 
     def is_in_place(self) -> bool:
         """Whether the EMA model still has this weight, and no other tensor."""
@@ -98,7 +98,7 @@ class Plan:
 
     def memory(self) -> Memory:
         """What another plan for the same weights needs to go on from there."""
-        values = {pair.name: join(weight, companion) for pair, weight, companion in self.exact}
+        values = {pair.name: join(weight, residual) for pair, weight, residual in self.exact}
         return Memory(values, self.seed, self.updates, self.nonfinite_counts())
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -185,7 +185,7 @@ def make_plan(
             by_key.setdefault((key, pair.name if anchored else None), []).append(pair)
         elif sharded and key.precision == "exact":  # other ranks have a part of it, and beside it
             weight = as_real(pair.ema).to(key.ema_dtype)
-            exact.append(Exact(pair, weight, weight.to(COMPANION_DTYPE[key.ema_dtype])))
+            exact.append(Exact(pair, weight, weight.to(RESIDUAL_DTYPE[key.ema_dtype])))
     past = _Past.of(previous, memory)
     kept = buffers if handle_buffers == "ema_train" else []
     # EMA tensors, and what their data becomes. Those in buckets keep all their digits until they
@@ -231,7 +231,7 @@ def _key(pair: Pair, ema_dtype: torch.dtype | None, precision: str, scale: float
         ema_dtype = REAL_DTYPE[pair.ema.dtype]
     online_dtype = REAL_DTYPE[pair.online.dtype]
     dense = torch.ops.aten.is_non_overlapping_and_dense(pair.online)
-    if ema_dtype not in COMPANION_DTYPE or scale is None:
+    if ema_dtype not in RESIDUAL_DTYPE or scale is None:
         precision = "nearest"
     return Key(pair.online.device, ema_dtype, online_dtype, is_complex, dense, precision, scale)
 
@@ -256,7 +256,7 @@ class _Past(NamedTuple):
     """What a new plan takes over."""
 
     buckets: list[Bucket]
-    exact: dict[tuple[int, str], tuple[Tensor, Tensor]]  # weight and companion, by slot
+    exact: dict[tuple[int, str], tuple[Tensor, Tensor]]  # weight and residual, by slot
     values: Mapping[str, Tensor]
     seed: int
     drawn: Tensor | int  # how many updates were rounded stochastically
@@ -267,8 +267,8 @@ class _Past(NamedTuple):
         if memory is not None or previous is None:
             return cls(previous.buckets if previous else [], {}, *(memory or Memory({}, 0, 0, {})))
         exact = {
-            slot.place: (weight, companion)
-            for pair, weight, companion in previous.exact
+            slot.place: (weight, residual)
+            for pair, weight, residual in previous.exact
             for slot in pair.ema_slots
         }
         counted = previous.nonfinite_counts()
@@ -282,7 +282,7 @@ class _Past(NamedTuple):
         for slot in pair.ema_slots:
             if slot.place in self.exact:
                 known = join(*self.exact[slot.place])
-        if known is None or known.shape != value.shape or weight.dtype not in COMPANION_DTYPE:
+        if known is None or known.shape != value.shape or weight.dtype not in RESIDUAL_DTYPE:
             return value
         known = known.to(value.device)
         return torch.where(shown(known, weight.dtype) == weight, known, value)
@@ -300,7 +300,7 @@ def _lay_flat(
 ) -> Bucket:
     """Lay the EMA tensors of one bucket flat in one buffer, with the online tensors' strides.
 
-    What their data becomes is appended to `moves`; the exact ones are, with weight and companion,
+    What their data becomes is appended to `moves`; the exact ones are, with weight and residual,
     to `exact`. One that is `anchored`, alone in its bucket, is the buffer itself.
     """
     align = ALIGNMENT // key.ema_dtype.itemsize
@@ -337,13 +337,13 @@ def _lay_flat(
     else:
         flat = torch.zeros(total, dtype=key.ema_dtype, device=key.device)
     weights = views_of(flat)
-    companion, draws = None, None
+    residual, draws = None, None
     if key.precision == "exact":
-        carried = kept.companion if kept else None
-        companion = carried
-        if companion is None:
-            companion = torch.zeros_like(flat, dtype=COMPANION_DTYPE[key.ema_dtype])
-        for pair, weight, rest in zip(pairs, weights, views_of(companion), strict=True):
+        carried = kept.residual if kept else None
+        residual = carried
+        if residual is None:
+            residual = torch.zeros_like(flat, dtype=RESIDUAL_DTYPE[key.ema_dtype])
+        for pair, weight, rest in zip(pairs, weights, views_of(residual), strict=True):
             if carried is None or pair.name in past.values:
                 split(past.value(pair).to(key.device), weight, rest)
             exact.append(Exact(pair, weight, rest))
@@ -366,7 +366,7 @@ def _lay_flat(
     if guarded and key.scale is not None:
         chunks = sum(-(-source.numel() // CHUNK) for source in sources)
         counters = torch.zeros(chunks, dtype=torch.int64, device=key.device)
-    return Bucket(key, names, flat, companion, draws, counters, offsets, targets, sources)
+    return Bucket(key, names, flat, residual, draws, counters, offsets, targets, sources)
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

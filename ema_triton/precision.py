@@ -2,9 +2,9 @@
 
 Added to such a weight, a small momentum's share rounds away, and the EMA stands still. So
 
-- "exact" keeps a companion beside each weight, and from the two an fp32 value. Beside a bf16 it is
-  an int16: the weight is the fp32's high half, rounded, and the companion its low half as a signed
-  number, so that (weight << 16) + companion are the fp32's bits. Halves are rounded away from zero:
+- "exact" keeps a residual beside each weight, and from the two an fp32 value. Beside a bf16 it is
+  an int16: the weight is the fp32's high half, rounded, and the residual its low half as a signed
+  number, so that (weight << 16) + residual are the fp32's bits. Halves are rounded away from zero:
   to even, as elsewhere, 65537 values would share an even weight, one more than 16 bits tell apart.
   fp16 has another range than fp32, and beside it stands the fp32 itself.
 - "stochastic" rounds up or down by chance, such that the mean is exact.
@@ -23,7 +23,7 @@ from torch import Tensor
 PRECISIONS = ("exact", "stochastic", "nearest")
 
 # What "exact" keeps beside a weight, for the dtypes that need it.
-COMPANION_DTYPE = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+RESIDUAL_DTYPE = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
 
 
 class Scratch(NamedTuple):
@@ -45,43 +45,43 @@ class Scratch(NamedTuple):
         return Scratch(*(tensor[:count] for tensor in self))
 
 
-def join(weight: Tensor, companion: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """The fp32 values of exact weights and their companions, in the scratch.
+def join(weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """The fp32 values of exact weights and their residuals, in the scratch.
 
-    Where a weight was written and its companion is still the old one, the value is one that
+    Where a weight was written and its residual is still the old one, the value is one that
     rounds to the weight.
     """
     scratch = scratch or Scratch.like(weight)
     value, spare, half, mask = scratch
     value.copy_(weight)
-    if companion.dtype == torch.int16:
-        _bits(spare).copy_(companion).add_(_bits(value))
-        # An old companion can make a NaN of the weight, as a negative one does of 0.
+    if residual.dtype == torch.int16:
+        _bits(spare).copy_(residual).add_(_bits(value))
+        # An old residual can make a NaN of the weight, as a negative one does of 0.
         torch.ne(spare, spare, out=mask)
         torch.where(mask, value, spare, out=value)
     else:
-        torch.ne(half.copy_(companion), weight, out=mask)
-        torch.where(mask, value, companion, out=value)
+        torch.ne(half.copy_(residual), weight, out=mask)
+        torch.where(mask, value, residual, out=value)
     return value
 
 
-def split(value: Tensor, weight: Tensor, companion: Tensor, scratch: Scratch | None = None) -> None:
-    """Write fp32 values into exact weights and their companions; `value` is used up."""
-    if companion.dtype == torch.int16:
+def split(value: Tensor, weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> None:
+    """Write fp32 values into exact weights and their residuals; `value` is used up."""
+    if residual.dtype == torch.int16:
         bits = _bits(
             _plain_nan(value, torch.empty_like(value) if scratch is None else scratch.spare)
         )
-        companion.copy_(bits)  # its low half
+        residual.copy_(bits)  # its low half
         weight.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
     else:
-        companion.copy_(value)
+        residual.copy_(value)
         weight.copy_(value)
 
 
 def shown(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights in which exact fp32 values show."""
     weight = torch.empty_like(value, dtype=dtype)
-    split(value.clone(), weight, torch.empty_like(value, dtype=COMPANION_DTYPE[dtype]))
+    split(value.clone(), weight, torch.empty_like(value, dtype=RESIDUAL_DTYPE[dtype]))
     return weight
 
 
@@ -114,7 +114,7 @@ def narrow_stochastic(value: Tensor, noise: Tensor, weight: Tensor, scratch: Scr
 
 def overflow(dtype: torch.dtype, precision: str) -> float:
     """The least magnitude that is stored as Inf in this dtype, or by chance might be."""
-    if dtype not in COMPANION_DTYPE:
+    if dtype not in RESIDUAL_DTYPE:
         return float("inf")
     info = torch.finfo(dtype)
     power = info.max / (2 - info.eps)  # the largest power of two

@@ -83,7 +83,7 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
 
 def copy_bucket(bucket: Bucket) -> None:
     """ema = online for every tensor of the bucket, as far as its precision goes."""
-    if bucket.companion is None:
+    if bucket.residual is None:
         torch._foreach_copy_(bucket.targets, bucket.sources)
         return
     for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
@@ -137,7 +137,7 @@ class _Step(NamedTuple):
     online: Tensor
     ema: Tensor
     weight: Tensor
-    companion: Tensor | None
+    residual: Tensor | None
     draws: Tensor | None
     scratch: Scratch | None  # for a precision other than "nearest"
     noise: Noise | None
@@ -165,8 +165,8 @@ class _Step(NamedTuple):
 
     def load(self) -> Tensor:
         """Fill `ema` from the bucket."""
-        if self.companion is not None:
-            _move(join(self.weight, self.companion, self.scratch), self.ema)
+        if self.residual is not None:
+            _move(join(self.weight, self.residual, self.scratch), self.ema)
         else:
             _move(self.weight, self.ema)
         return self.ema
@@ -178,8 +178,8 @@ class _Step(NamedTuple):
             return
         value = self.scratch.value
         _move(self.ema, value)
-        if self.companion is not None:
-            split(value, self.weight, self.companion, self.scratch)
+        if self.residual is not None:
+            split(value, self.weight, self.residual, self.scratch)
         elif self.noise is not None and self.draws is not None:
             drawn = self.noise.draw(self.draws, self.begin, self.weight.numel())
             narrow_stochastic(value, drawn, self.weight, self.scratch)
@@ -268,7 +268,7 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
             online=online[: end - begin],
             weight=weight,
             ema=ema[: end - begin] if len(ema) else weight,
-            companion=None if bucket.companion is None else bucket.companion[begin:end],
+            residual=None if bucket.residual is None else bucket.residual[begin:end],
             draws=bucket.draws,
             scratch=None if scratch is None else scratch.first(end - begin),
             noise=noise,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ema_triton import shards
 from ema_triton.pairs import INTEGERS, REAL_DTYPE, clean_weights, flaw, listed, storage
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS, as_real, join
+from ema_triton.precision import RESIDUAL_DTYPE, PRECISIONS, as_real, join
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 
 # The format of ModelEMA.state_dict().
@@ -22,7 +22,7 @@ class Saved(NamedTuple):
     """What `ModelEMA.state_dict` returned, or a module's state dict, by clean name."""
 
     weights: Mapping[str, Any]
-    companions: Mapping[str, Any]
+    residuals: Mapping[str, Any]
     precision: str | None  # None: a module's state dict does not tell
     seed: int
     updates: int  # that were rounded stochastically
@@ -73,8 +73,8 @@ class Saved(NamedTuple):
         missing = [f"'{name}' is missing" for name in own if name not in self.weights]
         unexpected = [f"'{name}' is unexpected" for name in self.weights if name not in own]
         unexpected += [
-            f"'{name}' has a companion and no weight"
-            for name in self.companions
+            f"'{name}' has a residual and no weight"
+            for name in self.residuals
             if name not in self.weights
         ]
         differing = [
@@ -110,15 +110,15 @@ class Saved(NamedTuple):
             return [f"'{name}' is {weight.dtype}, which has to be converted first"]
         if weight.is_complex() != own.is_complex():
             return [f"'{name}' is {weight.dtype} in the state but {own.dtype} here"]
-        if name in self.companions:
-            companion, real = self.companions[name], as_real(weight)
+        if name in self.residuals:
+            residual, real = self.residuals[name], as_real(weight)
             if (
-                not isinstance(companion, Tensor)
-                or flaw(shards.local(companion))
-                or companion.dtype != COMPANION_DTYPE.get(real.dtype)
-                or companion.shape != real.shape
+                not isinstance(residual, Tensor)
+                or flaw(shards.local(residual))
+                or residual.dtype != RESIDUAL_DTYPE.get(real.dtype)
+                or residual.shape != real.shape
             ):
-                return [f"the companion of '{name}' is not one for {weight.dtype} of its shape"]
+                return [f"the residual of '{name}' is not one for {weight.dtype} of its shape"]
         return []
 
     def converted(
@@ -140,7 +140,7 @@ class Saved(NamedTuple):
                 value = value.clone()  # it may be overwritten before its turn
             if name in exact:
                 target = torch.complex64 if tensor.is_complex() else torch.float32
-                if self.precision is None and as_real(value).dtype in COMPANION_DTYPE:
+                if self.precision is None and as_real(value).dtype in RESIDUAL_DTYPE:
                     unknown.append(name)
             if _loses_digits(value, target):
                 rounded.append(name)
@@ -162,9 +162,9 @@ class Saved(NamedTuple):
     def _value(self, name: str) -> Tensor:
         """What was saved by this name: of an exact tensor its fp32 value, else as it is."""
         weight: Tensor = self.weights[name]
-        if name not in self.companions:
+        if name not in self.residuals:
             return weight
-        value = join(as_real(weight), self.companions[name].to(weight.device))
+        value = join(as_real(weight), self.residuals[name].to(weight.device))
         return torch.view_as_complex(value) if weight.is_complex() else value
 
 
@@ -184,7 +184,7 @@ def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
         momentum_from(schedule, update_index + 1)
     return {
         "weights": {**state["weights"]},
-        "companions": {**state["companions"]},
+        "residuals": {**state["residuals"]},
         "precision": precision,
         "update_index": update_index,
         "schedule": schedule,

@@ -197,7 +197,7 @@ def _misses(folder):
     change(model, 1)
     other.update(0.25)
     before = _full(other)
-    with pytest.raises(BaseException, match=r"Missing key .* ema\.companions"):
+    with pytest.raises(BaseException, match=r"Missing key .* ema\.residuals"):
         dcp.load({"ema": other}, checkpoint_id=folder)
     assert_same(_full(other), before)
 
@@ -274,5 +274,5 @@ def test_one_process_without_a_group_resumes_bit_by_bit(dtype, tmp_path) -> None
         handler.ema.load_state_dict(state["weights"])
     train(2, 3)
     assert not torch.equal(
-        handler.state_dict()["companions"]["first.weight"], uncut["companions"]["first.weight"]
+        handler.state_dict()["residuals"]["first.weight"], uncut["residuals"]["first.weight"]
     )

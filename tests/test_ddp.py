@@ -64,7 +64,7 @@ class WithEqualBuffers(WithoutBuffers):
 
 def hashed(state, names=None) -> str:
     whole = hashlib.sha256()
-    for part in ("weights", "companions"):
+    for part in ("weights", "residuals"):
         for name, tensor in state[part].items():
             if names is None or name in names:
                 whole.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -59,7 +59,7 @@ def held(ema: ModelEMA) -> dict[str, Tensor]:
     """What the EMA holds; an exact one's fp32 from the two halves that its state has."""
     state = ema.state_dict()
     found = {name: value.detach().cpu() for name, value in state["weights"].items()}
-    for name, rest in state["companions"].items():
+    for name, rest in state["residuals"].items():
         if rest.dtype == torch.float32:
             found[name] = rest.cpu()
         else:

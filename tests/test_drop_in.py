@@ -555,7 +555,7 @@ def test_in_bf16_the_ema_model_alone_is_not_all() -> None:
     train(by_model, 48)
     assert torch.equal(by_handler.ema_model.weight, whole.ema_model.weight)
     resumed = (whole, by_handler, by_model)
-    digits = [handler.state_dict()["companions"]["weight"] for handler in resumed]
+    digits = [handler.state_dict()["residuals"]["weight"] for handler in resumed]
     assert torch.equal(digits[0], digits[1])
     assert not torch.equal(digits[0], digits[2])
 

@@ -101,8 +101,8 @@ def test_the_online_model_has_the_emas_values_and_then_its_own(
         assert same(contents_quietly(model), averaged)
         inside = ema.state_dict()
         assert same(inside["weights"], outside["weights"])
-        assert same(inside["companions"], outside["companions"])
-        rest = {"weights", "companions"}
+        assert same(inside["residuals"], outside["residuals"])
+        rest = {"weights", "residuals"}
         assert {k: v for k, v in inside.items() if k not in rest} == {
             k: v for k, v in outside.items() if k not in rest
         }
@@ -114,7 +114,7 @@ def test_the_online_model_has_the_emas_values_and_then_its_own(
         train(one)
     ours, theirs = ema.state_dict(), twin.state_dict()
     assert same(ours["weights"], theirs["weights"])
-    assert same(ours["companions"], theirs["companions"])
+    assert same(ours["residuals"], theirs["residuals"])
 
 
 def contents_quietly(model: nn.Module) -> dict[str, Tensor]:

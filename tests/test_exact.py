@@ -34,7 +34,7 @@ def values(ema: ModelEMA) -> list[Tensor]:
     """The accumulated values, from the state."""
     state = ema.state_dict()
     return [
-        join(weight, state["companions"][name]) if name in state["companions"] else weight
+        join(weight, state["residuals"][name]) if name in state["residuals"] else weight
         for name, weight in state["weights"].items()
     ]
 
@@ -42,7 +42,7 @@ def values(ema: ModelEMA) -> list[Tensor]:
 def assert_exact(ema: ModelEMA, wide: ModelEMA) -> None:
     found, expected = values(ema), values(wide)
     assert len(found) == len(expected) > 0
-    assert ema.state_dict()["companions"]
+    assert ema.state_dict()["residuals"]
     assert all(map(torch.equal, found, expected))
 
 
@@ -66,7 +66,7 @@ class Cache(nn.Linear):
 
 def test_a_buffer_that_is_not_saved() -> None:
     ema, wide = averaged(Cache(), handle_buffers="update")
-    assert [*ema.state_dict()["companions"]] == ["weight", "bias"]
+    assert [*ema.state_dict()["residuals"]] == ["weight", "bias"]
     reloaded(ema)
     assert_exact(ema, wide)
 
@@ -74,7 +74,7 @@ def test_a_buffer_that_is_not_saved() -> None:
 def test_a_state_with_other_names_than_the_modules() -> None:
     model = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 3, dtype=torch.bfloat16)))
     ema, wide = averaged(model)
-    assert [*ema.state_dict()["companions"]] == ["0.weight", "0.bias"]
+    assert [*ema.state_dict()["residuals"]] == ["0.weight", "0.bias"]
     reloaded(ema)
     train(model, ema, wide)
     assert_exact(ema, wide)

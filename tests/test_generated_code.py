@@ -184,7 +184,7 @@ for arch in ptx.ARCHITECTURES:
     look = ptx._nvidia if arch.startswith("sm_") else lambda kernel, elements: ptx._amd(kernel)
     for ema, online, precision in ptx.CASES:
         if precision == "nearest":
-            kinds = {"table_ptr": "*i64", "ema_ptr": f"*{ema}", "companion_ptr": None}
+            kinds = {"table_ptr": "*i64", "ema_ptr": f"*{ema}", "residual_ptr": None}
             kinds |= {"draws_ptr": None, "counters_ptr": None, "momentum": "fp64"}
             kinds["momentum_ptr"] = None
             values = {"ONLINE": ptx.DTYPES[online][0], "COPY": True, "OVERFLOW": None}

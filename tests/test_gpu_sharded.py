@@ -52,7 +52,7 @@ def change(model: nn.Module, step: int) -> None:
 
 
 def assert_same(state, expected) -> None:
-    for part in ("weights", "companions"):
+    for part in ("weights", "residuals"):
         assert state[part].keys() == expected[part].keys()
         for name, value in expected[part].items():
             assert torch.equal(state[part][name], value.cpu()), name

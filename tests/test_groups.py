@@ -183,7 +183,7 @@ def test_what_is_excluded_is_the_online_tensor_converted(
             assert torch.equal(mine.isnan(), expected.isnan())
             assert torch.equal(mine.nan_to_num(), expected.nan_to_num())
         assert torch.equal(ema.ema_model["averaged"], before) == (momentum == 0.0)  # the control
-    assert [*ema.state_dict()["companions"]] == ["averaged"] * (
+    assert [*ema.state_dict()["residuals"]] == ["averaged"] * (
         precision == "exact" and ema.ema_model["odd"].dtype in (torch.bfloat16, torch.float16)
     )
 
@@ -204,7 +204,7 @@ def test_excluded_buffers_are_copied_where_buffers_are_averaged(
 
 def accumulated(ema: ModelEMA) -> list[Tensor]:
     state = ema.state_dict()
-    beside = state["companions"]
+    beside = state["residuals"]
     return [join(w, beside[n]) if n in beside else w for n, w in state["weights"].items()]
 
 

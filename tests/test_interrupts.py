@@ -83,7 +83,7 @@ def everything(ema: ModelEMA) -> dict[str, Tensor]:
         for whose, part in (
             ("online", online),
             ("ema", state["weights"]),
-            ("", state["companions"]),
+            ("", state["residuals"]),
         )
         for name, value in part.items()
     }

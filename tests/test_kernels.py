@@ -108,13 +108,13 @@ def test_every_exact_weight_is_read_exactly(
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
 @pytest.mark.parametrize("other", [-1, 1, -30000])
-def test_an_old_companion_makes_no_nan(
+def test_an_old_residual_makes_no_nan(
     dtype: torch.dtype, other: int, kernel_device: torch.device
 ) -> None:
     weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     weight = weight[weight.isfinite()]
     plan = plan_of(torch.zeros(len(weight)), weight, "exact", kernel_device)
-    plan.buckets[0].companion.fill_(other)
+    plan.buckets[0].residual.fill_(other)
     launch.update(plan, 0.0)
     assert torch.equal(plan.buckets[0].targets[0].cpu(), weight)
 

@@ -169,12 +169,12 @@ def disagreement(ema: ModelEMA, before: Any, state: Any) -> list[str]:
     mine, problems = ema.state_dict(), []
     whole = isinstance(state.get("weights"), Mapping)
     weights = state["weights"] if whole else state
-    theirs = state["companions"] if whole else {}
+    theirs = state["residuals"] if whole else {}
     for name, value in mine["weights"].items():
         if not isinstance(value, Tensor):
             problems += [] if same(value, weights[name]) else [f"{name} differs"]
             continue
-        found = full(value, mine["companions"].get(name))
+        found = full(value, mine["residuals"].get(name))
         expected = full(weights[name], theirs.get(name))
         expected = expected.detach().as_subclass(Tensor).to(found.dtype)
         if not same(found.reshape(-1) + 0, expected.reshape(-1) + 0):
@@ -209,7 +209,7 @@ JUNK: list[Any] = [
     *(torch.tensor(1), torch.ones(2), torch.tensor(float("nan")), torch.Size([2]), torch.float32),
 ]
 KEYS: list[Any] = ["", "x", "weights.", "0.weight.0", "_orig_mod", 5, 0.5, None, True, b"x", ("x",)]
-PLACES = ["", "version", "update_index", "schedule", "weights", "precision", "companions"]
+PLACES = ["", "version", "update_index", "schedule", "weights", "precision", "residuals"]
 PLACES += ["rounding", "rounding.seed", "rounding.updates", "schedule.name", "schedule.updates"]
 PLACES += [f"schedule.schedule{key}" for key in ("", ".name", ".momentum", ".warmup_iters", ".x")]
 DTYPES = [
@@ -277,7 +277,7 @@ def mangle(state: dict[str, Any], chance: random.Random) -> tuple[str, Any]:
         return copy.copy(chance.choice([*JUNK, *more]))
 
     places = {"state": state} | {k: v for k, v in state.items() if type(v) in (dict, OrderedDict)}
-    where = chance.choice([*places, "state", "weights", "weights", "companions", "schedule"])
+    where = chance.choice([*places, "state", "weights", "weights", "residuals", "schedule"])
     inside = places.get(where, state)
     names = [*inside] or [""]
     key, other = chance.choice(names), chance.choice([*names, *KEYS])
@@ -363,12 +363,12 @@ def test_junk_in_any_place_is_refused_or_means_what_it_says(place: str, options:
 @pytest.mark.parametrize("name", ["0.weight", "spin", "1.count", "2.running_mean"])
 def test_every_kind_of_tensor_is_refused_or_loaded(name: str, options: str) -> None:
     subject, valid, found = Subject(EMAHandler, OPTIONS[options]), valid_state(options), {}
-    alone = ["weights alone", "companions"] if name in valid["companions"] else []
+    alone = ["weights alone", "residuals"] if name in valid["residuals"] else []
     for part in ["weights", *alone]:
         for number, change in enumerate(TENSORS):
             state = copy.deepcopy(valid)
             if part == "weights alone":
-                state["companions"].pop(name, None)
+                state["residuals"].pop(name, None)
             inside = state[part.split()[0]]
             with warnings.catch_warnings(), suppress(RuntimeError):
                 warnings.simplefilter("ignore")
@@ -408,7 +408,7 @@ def test_one_error_names_all_that_does_not_fit() -> None:
         "'0.bias' is missing",
         "'3.weight' is missing",
         "'5.weight' is unexpected",
-        "'0.bias' has a companion and no weight",
+        "'0.bias' has a residual and no weight",
         "'0.weight' is (2, 2) in the state but (4, 3) here",
         "'spin' is torch.float32 in the state but torch.complex64 here",
         "'1.count' is a list, not a tensor",
@@ -452,7 +452,7 @@ def test_a_state_may_share_the_emas_own_memory() -> None:
     for options in OPTIONS.values():
         ema = ModelEMA(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), **options)
         state, before = ema.state_dict(), ema.state_dict(clone=True)
-        for part in (state["weights"], state["companions"]):
+        for part in (state["weights"], state["residuals"]):
             if part:
                 part["0.weight"], part["1.weight"] = part["1.weight"], part["0.weight"]
         ema.load_state_dict(state)

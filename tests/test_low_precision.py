@@ -41,17 +41,17 @@ def no_warning() -> Iterator[None]:
         yield
 
 
-def join(weight: Tensor, companion: Tensor | None) -> Tensor:
+def join(weight: Tensor, residual: Tensor | None) -> Tensor:
     """The accumulated value of a weight and what a state dict holds beside it."""
     weight = weight.detach()
-    if companion is None:
+    if residual is None:
         return weight
-    assert companion.shape == weight.shape
+    assert residual.shape == weight.shape
     if weight.dtype == torch.float16:
-        assert companion.dtype == torch.float32
-        return companion
-    assert (weight.dtype, companion.dtype) == (torch.bfloat16, torch.int16)
-    bits = (weight.contiguous().view(torch.int16).int() << 16) + companion.contiguous().int()
+        assert residual.dtype == torch.float32
+        return residual
+    assert (weight.dtype, residual.dtype) == (torch.bfloat16, torch.int16)
+    bits = (weight.contiguous().view(torch.int16).int() << 16) + residual.contiguous().int()
     return bits.view(torch.float32)
 
 
@@ -60,15 +60,15 @@ def accumulated(ema: ModelEMA) -> dict[str, Tensor]:
 
 
 def joined(state: dict) -> dict[str, Tensor]:
-    """What a state holds; a tied weight's companion is under one of its names."""
-    weights, companions = state["weights"], state["companions"]
-    places = {(weights[name].data_ptr(), weights[name].shape): c for name, c in companions.items()}
+    """What a state holds; a tied weight's residual is under one of its names."""
+    weights, residuals = state["weights"], state["residuals"]
+    places = {(weights[name].data_ptr(), weights[name].shape): c for name, c in residuals.items()}
     values = {}
     for name, weight in weights.items():
-        companion = companions.get(name, places.get((weight.data_ptr(), weight.shape)))
-        values[name] = join(weight, companion).clone()
+        residual = residuals.get(name, places.get((weight.data_ptr(), weight.shape)))
+        values[name] = join(weight, residual).clone()
         if state["precision"] == "exact" and weight.dtype in LOW:
-            values[name] = values[name].float()  # without a companion, the weight is all there is
+            values[name] = values[name].float()  # without a residual, the weight is all there is
     return values
 
 
@@ -256,7 +256,7 @@ def test_exact_accumulates_what_an_fp32_ema_does(
         assert shown[name].equal(
             dict(exact.ema_model.named_parameters(remove_duplicate=False))[name]
         )
-    # Without its companion the EMA would hold something else.
+    # Without its residual the EMA would hold something else.
     assert not torch.equal(shown["odd"].float(), sums["odd"])
 
 
@@ -580,7 +580,7 @@ def fractions(model: nn.Module, digits: int) -> None:
 def test_states_of_any_precision_and_dtype_load(here: str, there: str) -> None:
     for ema_dtype in DTYPES:
         for own_dtype in DTYPES:
-            # An fp32 model of 20 digits: each low dtype loses some, where it keeps no companion.
+            # An fp32 model of 20 digits: each low dtype loses some, where it keeps no residual.
             source = ModelEMA(plain(torch.float32), **_of(there, ema_dtype))
             fractions(source.model, 20)
             source.sync()
@@ -684,27 +684,27 @@ def test_state_of_a_tied_model_loads_into_an_untied_one(
 
 
 def _damage(name: str, state: dict) -> None:
-    companions, weight = state["companions"], "0.weight"
+    residuals, weight = state["residuals"], "0.weight"
     if name == "shape":
-        companions[weight] = companions[weight][:-1].clone()
+        residuals[weight] = residuals[weight][:-1].clone()
     elif name == "transposed":
-        companions[weight] = companions[weight].t().clone()
+        residuals[weight] = residuals[weight].t().clone()
     elif name == "flat":
-        companions[weight] = companions[weight].flatten()
+        residuals[weight] = residuals[weight].flatten()
     elif name == "dtype":
-        companions[weight] = companions[weight].to(torch.int32)
+        residuals[weight] = residuals[weight].to(torch.int32)
     elif name == "float16":
-        companions[weight] = companions[weight].to(torch.float16)
+        residuals[weight] = residuals[weight].to(torch.float16)
     elif name == "unknown":
-        companions["nobody"] = companions[weight]
+        residuals["nobody"] = residuals[weight]
     elif name == "of an integer":
-        companions["1.num_batches_tracked"] = torch.tensor(0, dtype=torch.int16)
+        residuals["1.num_batches_tracked"] = torch.tensor(0, dtype=torch.int16)
     elif name == "no tensor":
-        companions[weight] = companions[weight].tolist()
+        residuals[weight] = residuals[weight].tolist()
     elif name == "none":
-        companions[weight] = None
+        residuals[weight] = None
     elif name == "list":
-        state["companions"] = list(companions.values())
+        state["residuals"] = list(residuals.values())
     elif name == "precision":
         state["precision"] = "kahan"
     elif name == "version":
@@ -735,7 +735,7 @@ DAMAGES = [
     "no version",
     "no weights",
     "no precision",
-    "no companions",
+    "no residuals",
     "no rounding",
 ]
 
@@ -1177,9 +1177,9 @@ def test_a_parameter_may_be_called_like_extra_state() -> None:
     net.my_extra_state.data.add_(1.0)
     ema.update(1e-3)
     state = copy.deepcopy(ema.state_dict())
-    assert state["companions"]["my_extra_state"].any()
+    assert state["residuals"]["my_extra_state"].any()
     other = ModelEMA(net)
     other.load_state_dict(state)
     assert torch.equal(
-        other.state_dict()["companions"]["my_extra_state"], state["companions"]["my_extra_state"]
+        other.state_dict()["residuals"]["my_extra_state"], state["residuals"]["my_extra_state"]
     )

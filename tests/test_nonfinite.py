@@ -46,7 +46,7 @@ def guarded(
 def values(ema: ModelEMA) -> list[Tensor]:
     """What the EMA holds, as an exact one accumulates it."""
     state = ema.state_dict()
-    found, beside = state["weights"], state["companions"]
+    found, beside = state["weights"], state["residuals"]
     tensors = [join(w, beside[n]) if n in beside else w for n, w in found.items()]
     return [torch.view_as_real(t).clone() if t.is_complex() else t.clone() for t in tensors]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_triton.precision import COMPANION_DTYPE, Scratch, join, narrow_stochastic, shown, split
+from ema_triton.precision import RESIDUAL_DTYPE, Scratch, join, narrow_stochastic, shown, split
 
 LOW = [torch.bfloat16, torch.float16]
 PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
@@ -25,9 +25,9 @@ def every_high_half() -> Tensor:
 
 def halves(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = torch.empty_like(value, dtype=dtype)
-    companion = torch.empty_like(value, dtype=COMPANION_DTYPE[dtype])
-    split(value.clone(), weight, companion)
-    return weight, companion
+    residual = torch.empty_like(value, dtype=RESIDUAL_DTYPE[dtype])
+    split(value.clone(), weight, residual)
+    return weight, residual
 
 
 def assert_same(one: Tensor, other: Tensor) -> None:
@@ -53,10 +53,10 @@ def test_every_mantissa_survives() -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_every_weight_is_its_own_value(dtype: torch.dtype) -> None:
     weight = PATTERNS.view(dtype)
-    shows, companion = halves(weight.float(), dtype)
+    shows, residual = halves(weight.float(), dtype)
     assert_same(shows, weight)
     if dtype == torch.bfloat16:
-        assert not companion[~weight.isnan()].any()
+        assert not residual[~weight.isnan()].any()
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -70,27 +70,27 @@ def test_the_weight_is_a_nearest_one(dtype: torch.dtype) -> None:
 def test_beyond_the_range_a_value_shows_as_infinite_and_is_kept() -> None:
     value = torch.tensor([3.4e38, -3.4e38, 65520.0, -1e30])
     for dtype, infinite in ((torch.bfloat16, [0, 1]), (torch.float16, [0, 1, 2, 3])):
-        weight, companion = halves(value, dtype)
+        weight, residual = halves(value, dtype)
         assert weight[infinite].isinf().all()
-        assert torch.equal(join(weight, companion), value)
+        assert torch.equal(join(weight, residual), value)
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_an_old_companion_leaves_a_written_weight_what_it_is(dtype: torch.dtype) -> None:
-    """Whatever companion a weight meets, the value rounds to the weight."""
+def test_an_old_residual_leaves_a_written_weight_what_it_is(dtype: torch.dtype) -> None:
+    """Whatever residual a weight meets, the value rounds to the weight."""
     weight = PATTERNS.view(dtype)
     others = [-32768, -32767, -1, 1, 32767]
     if dtype == torch.float16:
         others = [0.0, 1.0, -65504.0, 1e-30, float("inf"), float("nan")]
     for other in others:
-        old = torch.full(weight.shape, other, dtype=COMPANION_DTYPE[dtype])
+        old = torch.full(weight.shape, other, dtype=RESIDUAL_DTYPE[dtype])
         found = shown(join(weight, old), dtype)
         assert torch.equal(found.nan_to_num(), weight.nan_to_num())  # where -0 equals 0
         assert torch.equal(found.isnan(), weight.isnan())
 
 
 def test_that_takes_the_guard() -> None:
-    """The control: 0 and a negative companion are the bits of a NaN."""
+    """The control: 0 and a negative residual are the bits of a NaN."""
     bits = torch.zeros(1, dtype=torch.int32) + torch.tensor(-1, dtype=torch.int16)
     assert bits.view(torch.float32).isnan()
 

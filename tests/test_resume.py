@@ -354,7 +354,7 @@ def test_an_ema_that_follows_may_be_cut_anywhere(
 
 # --- What a state is ---------------------------------------------------------------------------
 
-KEYS = ["version", "update_index", "schedule", "weights", "precision", "companions", "rounding"]
+KEYS = ["version", "update_index", "schedule", "weights", "precision", "residuals", "rounding"]
 SCHEDULES = [
     schedules.Constant(0.3),
     LinearWarmup(0.9, 0.1, 7),
@@ -486,7 +486,7 @@ def told(state: dict[str, Any]) -> set[float]:
     """What the tensors of a state tell, as an fp32 EMA would have it."""
     numbers: set[float] = set()
     for name, weight in state["weights"].items():
-        rest, value = state["companions"].get(name), weight.float()
+        rest, value = state["residuals"].get(name), weight.float()
         if rest is not None and rest.dtype == torch.int16:
             value = (value.view(torch.int32) + rest).view(torch.float32)
         elif rest is not None:
@@ -617,12 +617,12 @@ def test_a_full_state_of_one_process_is_a_copy_on_the_cpu() -> None:
     model.weight.data.add_(1.0)
     ema.update(0.3)
     state, shared = ema.state_dict(full_state_dict=True), ema.state_dict()
-    for part in ("weights", "companions"):
+    for part in ("weights", "residuals"):
         for name, value in shared[part].items():
             assert torch.equal(state[part][name], value)
             assert state[part][name].data_ptr() != value.data_ptr()
     other.load_state_dict(state, full_state_dict=True)
     assert other.update_index == 1
-    assert torch.equal(other.state_dict()["companions"]["weight"], state["companions"]["weight"])
+    assert torch.equal(other.state_dict()["residuals"]["weight"], state["residuals"]["weight"])
     with pytest.raises(ValueError, match="an empty one"):
         other.load_state_dict({}, full_state_dict=True)

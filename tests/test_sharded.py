@@ -151,12 +151,12 @@ def wholes_of(ema):
 
 def assert_same(state, expected):
     assert state.keys() == expected.keys()
-    for part in ("weights", "companions"):
+    for part in ("weights", "residuals"):
         assert [*state[part]] == [*expected[part]]
         for name, value in expected[part].items():
             assert torch.equal(state[part][name], value), name
-    assert {k: v for k, v in state.items() if k not in ("weights", "companions")} == {
-        k: v for k, v in expected.items() if k not in ("weights", "companions")
+    assert {k: v for k, v in state.items() if k not in ("weights", "residuals")} == {
+        k: v for k, v in expected.items() if k not in ("weights", "residuals")
     }
 
 
@@ -203,7 +203,7 @@ def _averages_each_part(build):
         assert state == {}
     keys = [None] * dist.get_world_size()
     mine = ema.state_dict()
-    dist.all_gather_object(keys, ([*mine["weights"]], [*mine["companions"]]))
+    dist.all_gather_object(keys, ([*mine["weights"]], [*mine["residuals"]]))
     assert all(found == keys[0] for found in keys)
 
 
@@ -566,7 +566,7 @@ def _is_written():
     online = wholes(model)["first.weight"].double()
     state = ema.state_dict(full_state_dict=True)
     if state:
-        exact = join(state["weights"]["first.weight"], state["companions"]["first.weight"])
+        exact = join(state["weights"]["first.weight"], state["residuals"]["first.weight"])
         # What was beside the weight is at most half a spacing, of which the update leaves 0.75.
         bound = 0.75 * 2 * torch.finfo(torch.bfloat16).eps / 2
         bound = bound + update_bound(torch.full_like(online, 2.01), online, torch.float32)
@@ -752,7 +752,7 @@ def _step(models, number):
 def _equals(ema, truth, what):
     found, expected = ema.state_dict(full_state_dict=True), truth.state_dict()
     if found:
-        for part in ("weights", "companions"):
+        for part in ("weights", "residuals"):
             # Whoever has no part of a tensor still says that there is something beside it.
             mine = {n: v for n, v in found[part].items() if v.numel() or n in expected[part]}
             assert mine.keys() == expected[part].keys(), what

@@ -170,7 +170,7 @@ class AnyOrder(RuleBasedStateMachine):
                 inside = self.ema.state_dict()
                 for name, tensor in self.averaged(model).items():
                     assert torch.equal(tensor, state["weights"][name].to(tensor.dtype)), name
-                for kind in ("weights", "companions"):
+                for kind in ("weights", "residuals"):
                     assert inside[kind].keys() == state[kind].keys()
                     for name, value in inside[kind].items():
                         assert torch.equal(value, state[kind][name]), name

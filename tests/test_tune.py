@@ -262,7 +262,7 @@ def test_variants_are_other_code() -> None:
 
         def ptx(ema, online, **choices):
             arguments = {
-                "table_ptr": "*i64", "ema_ptr": f"*{ema}", "companion_ptr": None,
+                "table_ptr": "*i64", "ema_ptr": f"*{ema}", "residual_ptr": None,
                 "rows": "i32", "momentum": "fp64",
             }
             dtype = {"fp32": tl.float32, "bf16": tl.bfloat16}[online]

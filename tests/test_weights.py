@@ -100,9 +100,9 @@ def test_a_saved_state_gives_its_digits_and_keeps_the_index(tmp_path: Path) -> N
     fresh.update_index = 7
     fresh.load_weights(path)
     assert fresh.update_index == 7
-    companions = ema.state_dict()["companions"]
-    assert len(companions) == 6  # four parameters, one of them by two names... and buffers are not
-    assert_same(fresh.state_dict()["companions"], companions)
+    residuals = ema.state_dict()["residuals"]
+    assert len(residuals) == 6  # four parameters, one of them by two names... and buffers are not
+    assert_same(fresh.state_dict()["residuals"], residuals)
     assert_same(shown(fresh), shown(ema))
 
 

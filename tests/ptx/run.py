@@ -122,8 +122,8 @@ def spans_of(bucket: Bucket, chunk: int = CHUNK, *, exchanges: bool = False) -> 
                 Span.of(f"EMA of {name}", bucket.flat, ema, writable=True),
                 Span.of(f"online {name}", source, online, writable=exchanges),
             ]
-            if bucket.companion is not None and not exchanges:
-                beside = Span.of(f"companion of {name}", bucket.companion, ema, writable=True)
+            if bucket.residual is not None and not exchanges:
+                beside = Span.of(f"residual of {name}", bucket.residual, ema, writable=True)
                 spans.append(beside)
             if bucket.counters is not None and not exchanges:
                 one = slice(number, number + 1)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from ema_triton import launch, reference
 from ema_triton.plan import Plan, make_plan
-from ema_triton.precision import COMPANION_DTYPE, PRECISIONS
+from ema_triton.precision import RESIDUAL_DTYPE, PRECISIONS
 from tests.ptx.run import ARCHITECTURES, compiled_for
 from tests.strategies import KERNEL_DTYPES, MOMENTA, Layout, layouts
 
@@ -25,7 +25,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CASES = [
     (ema, online, precision)
     for ema, online in KERNEL_DTYPES
-    for precision in (PRECISIONS if ema in COMPANION_DTYPE else ("nearest",))
+    for precision in (PRECISIONS if ema in RESIDUAL_DTYPE else ("nearest",))
 ]
 # Both formulas, a copy, and one that the kernel reads.
 WEIGHTS = [2e-4, 0.3, 0.5, 0.75, 1.0, torch.tensor(2e-4), torch.tensor(0.75)]
@@ -101,8 +101,8 @@ def assert_same(compiled: Plan, expected: Plan) -> None:
         assert torch.equal(bits(ours.flat), bits(theirs.flat))
         for one, other in zip(ours.sources, theirs.sources, strict=True):
             assert torch.equal(bits(one), bits(other))
-        if theirs.companion is not None:
-            assert torch.equal(bits(ours.companion), bits(theirs.companion))
+        if theirs.residual is not None:
+            assert torch.equal(bits(ours.residual), bits(theirs.residual))
 
 
 @pytest.mark.parametrize("guarded", [False, True])
@@ -113,7 +113,7 @@ def test_an_update_is_the_foreach_path_s(
 ) -> None:
     for weight in WEIGHTS:
         compiled, expected = plans(case, guarded)
-        # At the second there is a companion, and another random number.
+        # At the second there is a residual, and another random number.
         for _ in range(2 if weight == 0.3 else 1):
             with compiled_for(arch):
                 launch.update(compiled, weight)
