@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ema_triton import shards
 from ema_triton.pairs import INTEGERS, REAL_DTYPE, clean_weights, flaw, listed, storage
-from ema_triton.precision import RESIDUAL_DTYPE, PRECISIONS, as_real, join
+from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 
 # The format of ModelEMA.state_dict().

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from ema_triton import launch, reference
 from ema_triton.plan import Plan, make_plan
-from ema_triton.precision import RESIDUAL_DTYPE, PRECISIONS
+from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE
 from tests.ptx.run import ARCHITECTURES, compiled_for
 from tests.strategies import KERNEL_DTYPES, MOMENTA, Layout, layouts
 
