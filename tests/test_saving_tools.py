@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
+from tests.plain import PlainEMA, assert_same, move
 
 BACKENDS = ("foreach", "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LOW = (torch.bfloat16, torch.float16)
-MOMENTUM = 0.3
 
 
 def library(name: str) -> ModuleType:
@@ -81,50 +80,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def lerp(ema: Tensor, online: Tensor) -> Tensor:
-    if ema.is_complex():
-        return torch.view_as_complex(lerp(torch.view_as_real(ema), torch.view_as_real(online)))
-    return torch.lerp(ema, online, MOMENTUM)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """As an exact EMA accumulates it."""
-    return tensor.float() if tensor.dtype in LOW else tensor.clone()
-
-
 def averaged(model: nn.Module, **options: Any) -> tuple[ModelEMA, dict[str, Tensor]]:
     """An EMA after three updates, and its weights, which are what plain torch makes of them."""
     ema = ModelEMA(model, **options)
-    truth = {name: wide(value) for name, value in model.state_dict().items()}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for _ in range(3):
-        with torch.no_grad():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.is_floating_point() or tensor.is_complex():
-                    tensor.add_(torch.randn_like(tensor))
-                elif tensor.dtype != torch.bool:
-                    tensor.add_(1)
-        ema.update(MOMENTUM)
-        for name, value in model.state_dict().items():
-            is_averaged = name in parameters or options.get("handle_buffers") == "update"
-            if is_averaged and (value.is_floating_point() or value.is_complex()):
-                truth[name] = lerp(truth[name], wide(value))
-            else:
-                truth[name] = value.clone()
-    shown = ema.state_dict(clone=True)["weights"]
-    assert shown.keys() == truth.keys()
-    for name, value in model.state_dict().items():
-        assert (shown[name].dtype, shown[name].shape) == (value.dtype, value.shape), name
-        # None is nearer. (Halfway between two values, torch takes the even one.)
-        nearest = truth[name].to(value.dtype)
-        assert torch.equal(apart(shown[name], truth[name]), apart(nearest, truth[name])), name
-        assert value.dtype in LOW or torch.equal(shown[name], nearest), name
-    return ema, shown
-
-
-def apart(left: Tensor, right: Tensor) -> Tensor:
-    both = torch.complex128 if left.is_complex() else torch.float64
-    return (left.to(both) - right.to(both)).abs()
+    plain = PlainEMA(model, handle_buffers=options.get("handle_buffers", "copy"))
+    for step in range(3):
+        move(model, step)
+        ema.update(0.3)
+        plain.update(0.3)
+    weights = ema.state_dict(clone=True)["weights"]
+    plain.check(weights)
+    online = model.state_dict()
+    assert all(weights[name].dtype == value.dtype for name, value in online.items())
+    return ema, weights
 
 
 @functools.cache
@@ -132,13 +100,6 @@ def example(name: str, backend: str) -> tuple[ModelEMA, dict[str, Tensor]]:
     """One for all tools, which change nothing."""
     torch.manual_seed(1)
     return averaged(MODELS[name]().to(DEVICE), backend=backend)
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert (value.dtype, value.shape) == (expected[name].dtype, expected[name].shape), name
-        assert torch.equal(value.cpu(), expected[name].cpu()), name
 
 
 def blank(module: nn.Module) -> nn.Module:
@@ -281,7 +242,7 @@ def test_an_exact_ema_in_files_of_its_parts(as_module: bool, backend: str, tmp_p
     other = ModelEMA(copy.deepcopy(model), as_module=as_module, backend=backend)
     other.load_state_dict({**state, **read})
     for average in (ema, other):
-        average.update(MOMENTUM)
+        average.update(0.3)
     assert_same(other.state_dict()["weights"], ema.state_dict()["weights"])
     assert_same(other.state_dict()["residuals"], ema.state_dict()["residuals"])
     assert not torch.equal(other.state_dict()["weights"]["0.weight"], before["0.weight"])
@@ -320,7 +281,6 @@ MOVES: dict[str, Callable[[ModelEMA], object]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning")
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("as_module", [True, False])
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
@@ -360,7 +320,7 @@ def test_tensors_built_in_inference_mode(name: str) -> None:
         ema = ModelEMA(model)
     assert_own_storages(ema.ema_model.state_dict())
     assert_own_storages(ema.state_dict()["residuals"])
-    ema.update(MOMENTUM)
+    ema.update(0.3)
     assert_same(ema.ema_model.state_dict(), model.state_dict())
 
 
