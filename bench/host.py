@@ -60,20 +60,20 @@ def measured(model: Model, device: torch.device, calls: int) -> dict[str, float]
     ema = ModelEMA(online)
     ema.update(MOMENTUM)
     plan = ema._plan
-    assert plan is not None
 
     def copies() -> None:
         plan.copies.write(plan.copies.read() or [])
 
     @torch.no_grad()
-    def launch() -> None:
-        ema._chosen.update(plan, MOMENTUM)
+    def average() -> None:
+        for launch in plan.launches:
+            launch.backend.update(launch, MOMENTUM)
 
     parts: dict[str, Callable[[], object]] = {
         "  looking whether a tensor moved": plan.watch.is_stale,
         "  copying what is not averaged": copies,
-        f"  averaging ({ema.backend})": launch,
-        "  telling autograd of the write": plan.wrote,
+        f"  averaging ({ema.backend})": average,
+        "  telling autograd of the write": plan.bump_versions,
     }
     found = {"update()": median(lambda: ema.update(MOMENTUM), device, calls)}
     found |= {name: median(part, device, calls) for name, part in parts.items()}

@@ -133,10 +133,10 @@ class Variant:
 
         Its accesses are 128 bits wide, or 64 where a narrow type stands beside a wider EMA or
         residual. What else there is, per thread, belongs to the table's row (three loads), the
-        momentum, seed and number of the update, the counter, and the masked path, which takes a
-        quarter of the block (with noise half) and so as much of the elements that the aligned path
-        has per thread, though not less than the two fp64 of a vector. More scalar accesses than
-        that are an aligned path fallen apart.
+        momentum, seed and number of the update, the skip count and its number, and the masked path,
+        which takes a quarter of the block (with noise half) and so as much of the elements that the
+        aligned path has per thread, though not less than the two fp64 of a vector. More scalar
+        accesses than that are an aligned path fallen apart.
         """
         stores = [DTYPES[self.ema][1].itemsize]
         if self.precision == "exact":
@@ -160,7 +160,8 @@ class Variant:
         for op, most in (("ld", len(loads) * masked + others), ("st", len(stores) * masked)):
             scalars = sum(n for access, n in self.accesses.items() if access.startswith(f"{op}.b"))
             least = 0 if self.guarded or self.precision == "exchange" else most
-            if not least <= scalars <= most + self.guarded:
+            counting = (2 if op == "ld" else 1) * self.guarded
+            if not least <= scalars <= most + counting:
                 found.append(f"{scalars} scalar {op} instead of {most}")
         return found
 
@@ -229,8 +230,8 @@ def compiled(
         "table_ptr": "*i64",
         "ema_ptr": f"*{ema}",
         "residual_ptr": f"*{RESIDUALS[ema]}" if precision == "exact" else None,
-        "draws_ptr": "*i64" if precision == "stochastic" else None,
-        "counters_ptr": "*i64" if guarded else None,
+        "random_state_ptr": "*i64" if precision == "stochastic" else None,
+        "skip_counts_ptr": "*i64" if guarded else None,
         "momentum": "fp64",
         "momentum_ptr": "*fp32" if tensor_momentum else None,
     }

@@ -30,7 +30,8 @@ from bench.results import LIMIT, Lines, Spread
 from bench.run import CASES as RUN_CASES
 from bench.run import Case, add_resume, chosen_device, progress, selected, selected_models
 from ema_triton import ModelEMA, launch
-from ema_triton.buckets import CHUNK, Bucket
+from ema_triton.plan import Launch
+from ema_triton.state import CHUNK
 
 CASES = {name: case for name, case in RUN_CASES.items() if case.precision != "stochastic"}
 # From 25 M to 7 B parameters, from 161 to 1,680 tensors.
@@ -187,16 +188,15 @@ def measured(online: nn.Module, case: Case, stopwatch: Stopwatch, piece: int) ->
     `piece` is how many elements are compared at a time.
     """
     ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
-    assert ema._plan is not None
-    (bucket,) = ema._plan.buckets
-    prepared = prepare(bucket, variants(case))
-    check(bucket, [*prepared.values()], piece)
+    (one,) = ema._plan.launches
+    prepared = prepare(one, variants(case))
+    check(one, [*prepared.values()], piece)
     updates: dict[str, Callable[[], object]] = {
         str(variant): partial(one.launch, one.table) for variant, one in prepared.items()
     }
     # The candidate does less than it, and may be compiled to other code.
-    updates[SHIPPED] = partial(launch._launch, bucket, MOMENTUM, len(bucket.chunk_table))
-    elements = sum(source.numel() for source in bucket.sources)
+    updates[SHIPPED] = partial(launch._launch, one, MOMENTUM, len(one.chunk_table))
+    elements = sum(source.numel() for source in one.sources)
     updates[LIMIT] = measure.copy_of(elements * case.moved, stopwatch.device)
     on_cuda = stopwatch.device.type == "cuda"
     subjects = {
@@ -218,26 +218,26 @@ class Prepared(NamedTuple):
     launch: Callable[[Tensor], object]
 
 
-def prepare(bucket: Bucket, variants: Sequence[Variant]) -> dict[Variant, Prepared]:
-    """The update of a bucket in each way; those of one chunk size share their table."""
-    tables = {chunk: bucket.table(chunk) for chunk in {variant.chunk for variant in variants}}
+def prepare(one: Launch, variants: Sequence[Variant]) -> dict[Variant, Prepared]:
+    """The update of a launch in each way; those of one chunk size share their table."""
+    tables = {chunk: one.table(chunk) for chunk in {variant.chunk for variant in variants}}
     return {
-        variant: Prepared(tables[variant.chunk], partial(_launch, bucket, variant))
+        variant: Prepared(tables[variant.chunk], partial(_launch, one, variant))
         for variant in variants
     }
 
 
-def _launch(bucket: Bucket, variant: Variant, table: Tensor) -> None:
+def _launch(one: Launch, variant: Variant, table: Tensor) -> None:
     grid = len(table)
     if variant.programs is not None:
         grid = min(grid, variant.programs * _multiprocessors(table.device))
     candidate[(grid,)](
         table,
-        bucket.flat,
-        bucket.residual,
+        one.bucket.flat,
+        one.bucket.residual,
         len(table),
         MOMENTUM,
-        ONLINE=launch._online(bucket),
+        ONLINE=launch._online(one),
         PERSISTENT=variant.programs is not None,
         WIDTH=variant.width,
         ONLINE_HINT=variant.online_hint,
@@ -247,34 +247,34 @@ def _launch(bucket: Bucket, variant: Variant, table: Tensor) -> None:
     )
 
 
-def check(bucket: Bucket, prepared: list[Prepared], piece: int) -> None:
+def check(one: Launch, prepared: list[Prepared], piece: int) -> None:
     """Raise AssertionError unless each does bit by bit what the shipped kernel does.
 
     Args:
-        bucket: What they update.
+        one: What they are of.
         prepared: The launches.
         piece: Elements of which copies are made at a time.
     """
     # Somewhere on the way: an EMA that equals the online weights stays what it is.
-    bucket.flat.mul_(0.5)
-    tables = [bucket.chunk_table, *(one.table for one in prepared)]
-    begins = bucket.table(LEAST_PIECE)[:, 1].tolist()
-    for begin, end in pieces([*begins, bucket.flat.numel()], piece):
-        stored = [t[begin:end] for t in (bucket.flat, bucket.residual) if t is not None]
+    one.bucket.flat.mul_(0.5)
+    tables = [one.chunk_table, *(way.table for way in prepared)]
+    begins = one.table(LEAST_PIECE)[:, 1].tolist()
+    for begin, end in pieces([*begins, one.bucket.flat.numel()], piece):
+        stored = [t[begin:end] for t in (one.bucket.flat, one.bucket.residual) if t is not None]
         before = [tensor.clone() for tensor in stored]
         ships, *rows = (table[(table[:, 1] >= begin) & (table[:, 1] < end)] for table in tables)
-        part = replace(bucket)
+        part = replace(one)
         vars(part)["chunk_table"] = ships
         launch._launch(part, MOMENTUM, len(ships))
         expected = [tensor.clone() for tensor in stored]
-        for one, own in zip(prepared, rows, strict=True):
+        for way, own in zip(prepared, rows, strict=True):
             for tensor, value in zip(stored, before, strict=True):
                 tensor.copy_(value)
-            one.launch(own)
+            way.launch(own)
             if not all(map(torch.equal, stored, expected)):
                 raise AssertionError(
                     f"a variant differs from the shipped kernel in elements {begin} to {end} of "
-                    f"{bucket.flat.numel()}: {one.launch}"
+                    f"{one.bucket.flat.numel()}: {way.launch}"
                 )
 
 

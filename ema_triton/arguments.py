@@ -9,6 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from ema_triton.models import unwrap
 from ema_triton.precision import PRECISIONS
 
 HANDLE_BUFFERS = ("copy", "update", "ema_train")
@@ -20,6 +21,7 @@ class Options(TypedDict, total=False):
     """The keyword arguments of `ModelEMA` that `EMAHandler` hands on."""
 
     ema_model: nn.Module | None
+    as_module: bool
     backend: str
     ema_dtype: torch.dtype | None
     precision: str
@@ -61,6 +63,27 @@ def check_choices(
             f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, but got {nonfinite!r}. "
             "It says what becomes of NaN and Inf: 'propagate' lets them into the EMA, 'skip' keeps "
             "the EMA's old value there and counts."
+        )
+
+
+def check_holder(
+    model: nn.Module, ema_model: nn.Module | None, as_module: bool, handle_buffers: str
+) -> None:
+    """Raise ValueError unless the EMA's tensors can be held as they are asked to be."""
+    if not as_module and ema_model is not None:
+        raise ValueError(
+            "as_module=False makes an EMA without a module, but an ema_model is given. Leave one "
+            "of the two out."
+        )
+    if not as_module and handle_buffers == "ema_train":
+        raise ValueError(
+            "handle_buffers='ema_train' leaves the buffers to the EMA model, but with "
+            "as_module=False there is none. Give 'copy' or 'update', or leave as_module out."
+        )
+    if ema_model is not None and unwrap(ema_model) is model:
+        raise ValueError(
+            "ema_model is the online model itself, so there is nothing to average. Give another "
+            "instance of it, or leave ema_model out to have a copy made."
         )
 
 

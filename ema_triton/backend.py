@@ -1,67 +1,50 @@
-"""The choice of backend: which update function runs a plan, and why."""
+"""The choice of backend: which one runs each launch of a new plan, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from ema_triton import reference
-from ema_triton.buckets import Bucket
-from ema_triton.plan import Plan
+from ema_triton.plan import Launch, Plan
 
 BACKENDS = ("auto", "triton", "foreach")
 
 
-class Backend(NamedTuple):
-    """A backend's name, the reason for its choice, and what it does."""
-
-    name: str
-    reason: str
-    update: Callable[[Plan, float | Tensor], None]
-    exchange: Callable[[Bucket], None]
-
-    @classmethod
-    def foreach(cls, reason: str) -> Backend:
-        """The reference path."""
-        return cls("foreach", reason, reference.update, reference.exchange)
-
-
-def choose(requested: str, plan: Plan) -> Backend:
-    """Resolve "auto", "triton" or "foreach" for the tensors of a plan.
+def choose(requested: str, plan: Plan) -> None:
+    """Set the backend of each launch of a plan, and of the plan its name and the reason.
 
     "auto" takes Triton where it drives the tensors' device and can compile there, else foreach.
-    Tensors that the kernel cannot take, for their dtype or their layout, go through the reference
-    path under "triton" too, and the reason names them.
+    Tensors that the kernel cannot take, for their dtype or their layout, go through foreach under
+    "triton" too, and the reason names them.
 
     Args:
         requested: One of `BACKENDS`.
-        plan: The plan to run.
+        plan: A new plan.
 
     Raises:
         ValueError: The name is unknown.
         RuntimeError: "triton" was asked for and cannot run.
     """
     check_name(requested)
+    for launch in plan.launches:
+        launch.backend = reference
+    plan.backend = "foreach"
     if requested == "foreach":
-        return Backend.foreach("backend='foreach' was asked for")
-    if not plan.buckets:
-        return Backend.foreach("the model has no tensors to average")
-    obstacle = _obstacle(plan, explicit=requested == "triton")
-    if obstacle is None:
-        from ema_triton import launch
-
+        plan.reason = "backend='foreach' was asked for"
+    elif not plan.launches:
+        plan.reason = "the model has no tensors to average"
+    elif (obstacle := _obstacle(plan.launches, explicit=requested == "triton")) is None:
+        plan.backend = "triton"
         asked = requested == "triton"
         why = "backend='triton' was asked for" if asked else "Triton drives the device"
-        reason = "; ".join([why, *_exceptions(plan)])
-        return Backend("triton", reason, launch.update, launch.exchange)
-    if requested == "triton":
+        plan.reason = "; ".join([why, *_take_triton(plan.launches)])
+    elif requested == "auto":
+        plan.reason = obstacle
+    else:
         raise RuntimeError(
             f"backend='triton' cannot run here: {obstacle}. Use backend='auto' to let the library "
             "fall back to torch._foreach_lerp_, or move the model to a GPU before building the EMA."
         )
-    return Backend.foreach(obstacle)
 
 
 def check_name(requested: str) -> None:
@@ -73,35 +56,43 @@ def check_name(requested: str) -> None:
         )
 
 
-def _obstacle(plan: Plan, *, explicit: bool) -> str | None:
-    """Why Triton cannot run the plan; None when it has compiled the kernels for it.
+def _obstacle(launches: Sequence[Launch], *, explicit: bool) -> str | None:
+    """Why Triton cannot run any of them; None when it has compiled the kernels for them.
 
     Asked for explicitly, only the devices decide: a cast in mid-training is not an error.
     """
     try:
-        from ema_triton import launch
+        from ema_triton import launch as triton_backend
     except ImportError as error:
         return f"triton does not import ({error}); pip install triton"
     obstacles = [
-        launch.device_obstacle(bucket.key.device) if explicit else launch.obstacle(bucket)
-        for bucket in plan.buckets
+        triton_backend.device_obstacle(launch.kind.device)
+        if explicit
+        else triton_backend.obstacle(launch)
+        for launch in launches
     ]
     if None not in obstacles:
         return obstacles[0]
     try:
-        launch.prepare(plan)
+        for launch in launches:
+            if triton_backend.obstacle(launch) is None:
+                triton_backend.prepare(launch)
     except Exception as error:  # whatever the driver, the compiler or the linker raised
         return f"Triton cannot compile for this device ({type(error).__name__}: {error})"
     return None
 
 
-def _exceptions(plan: Plan) -> list[str]:
-    """What goes through the reference path although Triton was chosen."""
-    from ema_triton import launch
+def _take_triton(launches: Sequence[Launch]) -> list[str]:
+    """Have Triton run what it can; what is left to foreach, and why."""
+    from ema_triton import launch as triton_backend
 
-    return [
-        f"torch._foreach_lerp_ averages {len(bucket.names)} tensor(s) such as '{bucket.names[0]}': "
-        f"{obstacle}"
-        for bucket in plan.buckets
-        if (obstacle := launch.obstacle(bucket)) is not None
-    ]
+    left = []
+    for launch in launches:
+        if (obstacle := triton_backend.obstacle(launch)) is None:
+            launch.backend = triton_backend
+        else:
+            left.append(
+                f"torch._foreach_lerp_ averages {len(launch.names)} tensor(s) such as "
+                f"'{launch.names[0]}': {obstacle}"
+            )
+    return left

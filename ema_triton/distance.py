@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ema_triton import reference, shards
-from ema_triton.buckets import Bucket
 from ema_triton.pairs import Pair
-from ema_triton.plan import Plan
+from ema_triton.plan import Launch
 from ema_triton.precision import join
 
 
@@ -31,22 +30,23 @@ class Distance(NamedTuple):
     modules: dict[str, Distance]
 
 
-def measure(pairs: list[Pair], plan: Plan) -> Distance:
-    """Measure all of the plan; waits for each device once.
+def measure(pairs: list[Pair], launches: list[Launch]) -> Distance:
+    """Measure what is averaged; waits for each device once.
 
     Args:
-        pairs: Those that are averaged. Of sharded ones the ranks' parts are added up: all ranks
-            have to call this.
-        plan: A plan that is not stale.
+        pairs: All of a plan that is not stale. Of sharded ones the ranks' parts are added up: all
+            ranks have to call this.
+        launches: Its launches.
     """
-    by_device: dict[torch.device, list[Bucket]] = {}
-    for bucket in plan.buckets:
-        if bucket.key.scale is not None:
-            by_device.setdefault(bucket.key.device, []).append(bucket)
+    pairs = [pair for pair in pairs if pair.scale is not None]
+    by_device: dict[torch.device, list[Launch]] = {}
+    for launch in launches:
+        if launch.scale is not None:
+            by_device.setdefault(launch.kind.device, []).append(launch)
     # Of this rank's parts, where there are any.
     squares = {pair.name: [0.0, 0.0] for pair in pairs}
-    for buckets in by_device.values():
-        parts, *norms = zip(*(row for bucket in buckets for row in _norms(bucket)), strict=True)
+    for alike in by_device.values():
+        parts, *norms = zip(*(row for launch in alike for row in _norms(launch)), strict=True)
         on_host = torch.stack([*norms[0], *norms[1]]).view(2, -1).tolist()
         for name, apart, size in zip(parts, *on_host, strict=True):
             squares[name][0] += apart * apart
@@ -57,12 +57,12 @@ def measure(pairs: list[Pair], plan: Plan) -> Distance:
         if whole is not None and whole.numel():
             by_layout.setdefault(shards.layout(whole), []).append(pair)
     rows: dict[str, list[float]] = {}
-    for alike in by_layout.values():
-        whole = alike[0].online_slots[0].whole()
+    for sharded_alike in by_layout.values():
+        whole = sharded_alike[0].online_slots[0].whole()
+        names = [pair.name for pair in sharded_alike]
         of_parts = torch.tensor(
-            [squares[pair.name] for pair in alike], dtype=torch.float64, device="cpu"
+            [squares[name] for name in names], dtype=torch.float64, device="cpu"
         )
-        names = [pair.name for pair in alike]
         rows |= zip(names, shards.added_up(of_parts, whole).tolist(), strict=True)
     modules: dict[str, list[list[float]]] = {}
     for name, row in rows.items():
@@ -74,14 +74,15 @@ def measure(pairs: list[Pair], plan: Plan) -> Distance:
     )
 
 
-def _norms(bucket: Bucket) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _norms(launch: Launch) -> Iterator[tuple[str, Tensor, Tensor]]:
     """A tensor's name, ‖ema - online‖₂ and ‖online‖₂ in fp64, on its device.
 
     A tensor larger than the scratch comes in several parts, each with its norms.
     """
+    bucket = launch.bucket
     size = min(reference.SCRATCH, bucket.flat.numel())
     scratch = bucket.flat.new_empty(size, dtype=torch.float64)
-    for stretch in reference.stretches(bucket):
+    for stretch in reference.stretches(launch):
         begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()
         ema, online = bucket.flat[begin:end], scratch[: end - begin]
         if bucket.residual is not None:

@@ -82,8 +82,8 @@ class EMAHandler:
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
             those of `ema_triton.schedules`; instead of the three arguments above.
-        **options: The other keyword arguments of `ModelEMA`: `ema_model`, `backend`, `ema_dtype`,
-            `precision`, `seed`, `include`, `exclude`, `momentum_scale`, `nonfinite`.
+        **options: The other keyword arguments of `ModelEMA`: `ema_model`, `as_module`, `backend`,
+            `ema_dtype`, `precision`, `seed`, `include`, `exclude`, `momentum_scale`, `nonfinite`.
 
     Attributes:
         ema: The `ModelEMA`.
@@ -474,7 +474,7 @@ class EMAHandler:
             return False
         # A ModelCheckpoint is given its objects when the event fires.
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
-        own = (self, self.ema, self.ema._ema_model)
+        own = (self, self.ema, self.ema._state.module)
         return any(
             saved is one
             for objects in (listener.to_save, *given)

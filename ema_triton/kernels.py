@@ -133,7 +133,7 @@ def average(
     residual_ptrs,
     seed,
     update,
-    spared,
+    skipped,
     first,
     mask,
     momentum,
@@ -144,8 +144,8 @@ def average(
 ):
     """ema = lerp(ema, online, momentum) for SIZE elements of the bucket, `first` and following.
 
-    Where there is an OVERFLOW, those that would reach it, or be NaN, are spared. Returns how many
-    were, `spared` included, by GROUP neighbours.
+    Where there is an OVERFLOW, those that would reach it, or be NaN, are skipped. Returns how many
+    were, `skipped` included, by GROUP neighbours.
     """
     EMA: tl.constexpr = ema_ptrs.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
@@ -160,7 +160,7 @@ def average(
     value = online if COPY else lerp(old, online, momentum)
     if OVERFLOW is not None:
         finite = tl.abs(value) < OVERFLOW  # not for NaN
-        spared += count(finite, mask, SIZE, GROUP)
+        skipped += count(finite, mask, SIZE, GROUP)
         value = tl.where(finite, value, old)
     if residual_ptrs is not None:
         ema, residual = split(value, EMA, residual_ptrs.dtype.element_ty)
@@ -170,13 +170,13 @@ def average(
     else:
         ema = narrow(value, EMA)
     tl.store(ema_ptrs, ema, mask=mask)
-    return spared
+    return skipped
 
 
 @triton.jit
 def chunk(table_ptr, number):
     """A row of the table: online address; offset in the bucket; length; whether aligned."""
-    row = table_ptr + number * 3
+    row = table_ptr + number * 4
     address = tl.load(row)
     offset = tl.load(row + 1)
     length_and_flag = tl.load(row + 2)
@@ -188,8 +188,8 @@ def ema_update(
     table_ptr,
     ema_ptr,
     residual_ptr,
-    draws_ptr,
-    counters_ptr,
+    random_state_ptr,
+    skip_counts_ptr,
     momentum: tl.float64,
     momentum_ptr,
     ONLINE: tl.constexpr,
@@ -199,19 +199,20 @@ def ema_update(
 ):
     """ema = lerp(ema, online, momentum) for the chunk in row `program_id(0)` of the chunk table.
 
-    table_ptr: int64 [rows, 3]: online address; element offset in the bucket; length * 2 + aligned.
+    table_ptr: int64 [rows, 4]: online address; element offset in the bucket; length * 2 + aligned;
+        number of the chunk's skip count.
     ema_ptr: the flat bucket, 16-byte aligned.
     residual_ptr: what a bucket of exact precision has beside each weight, or None.
-    draws_ptr: int64 [2], seed and number of this update, for a bucket of stochastic precision, or
-        None; read here, so that each replay of a captured graph rounds anew.
-    counters_ptr: int64 [rows], each counting the elements of its chunk that kept their value,
-        because the new one was not finite; or None, and then they take it.
+    random_state_ptr: int64 [2], seed and number of this update, for a bucket of stochastic
+        precision, or None; read here, so that each replay of a captured graph rounds anew.
+    skip_counts_ptr: int64, each counting the elements of a chunk that kept their value, because
+        the new one was not finite; or None, and then they take it.
     momentum: used when momentum_ptr is None; a double, since fp64 buckets need all its digits.
     momentum_ptr: a 0-d tensor or None; read here, so that a captured graph follows its value.
     ONLINE: dtype of the online elements.
     COPY: whether the EMA becomes the online model, whatever it was: where that is not finite,
         torch.lerp makes NaN of it even with momentum 1.
-    OVERFLOW: the least magnitude that counts as not finite; None without counters.
+    OVERFLOW: the least magnitude that counts as not finite; None without skip counts.
     BLOCK: elements handled at a time.
     """
     address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
@@ -224,9 +225,9 @@ def ema_update(
         weight = tl.full((), momentum, COMPUTE)
     seed = None
     update = None
-    if draws_ptr is not None:
-        seed = tl.load(draws_ptr)
-        update = tl.load(draws_ptr + 1)
+    if random_state_ptr is not None:
+        seed = tl.load(random_state_ptr)
+        update = tl.load(random_state_ptr + 1)
 
     # Every tensor starts on a 16-byte boundary of the bucket. Hints go on the pointer: on the
     # integer they are lost.
@@ -243,7 +244,7 @@ def ema_update(
         # unknown divisibility every access would be scalar.
         online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
         bound = (length // 8) * 8
-        spared = tl.zeros((BLOCK // GROUP,), tl.int32)
+        skipped = tl.zeros((BLOCK // GROUP,), tl.int32)
         for start in range(0, bound, BLOCK):
             index = start + tl.arange(0, BLOCK)
             ema_ptrs = ema + index
@@ -254,13 +255,13 @@ def ema_update(
                 ema_ptrs = tl.max_contiguous(ema_ptrs, 4)
             if ONLINE.primitive_bitwidth < WIDEST:
                 online_ptrs = tl.max_contiguous(online_ptrs, 4)
-            spared = average(
+            skipped = average(
                 ema_ptrs,
                 online_ptrs,
                 None if residual is None else residual + index,
                 seed,
                 update,
-                spared,
+                skipped,
                 offset + start,
                 index < bound,
                 weight,
@@ -269,24 +270,24 @@ def ema_update(
                 BLOCK,
                 GROUP,
             )
-        if counters_ptr is not None:
-            add(counters_ptr, spared)
+        if skip_counts_ptr is not None:
+            add(skip_counts_ptr, table_ptr, skipped)
     else:
         # Cast again: a hint marks the value itself and would leak into this branch. Smaller steps,
         # since masking each element costs registers that the aligned branch would pay for; with
         # noise no smaller than the 8 elements per thread that one call gives.
         online = address.to(tl.pointer_type(ONLINE))
-        SMALL: tl.constexpr = BLOCK // (4 if draws_ptr is None else 2)
-        spared_here = tl.zeros((SMALL // GROUP,), tl.int32)
+        SMALL: tl.constexpr = BLOCK // (4 if random_state_ptr is None else 2)
+        skipped_here = tl.zeros((SMALL // GROUP,), tl.int32)
         for start in range(0, length, SMALL):
             index = start + tl.arange(0, SMALL)
-            spared_here = average(
+            skipped_here = average(
                 ema + index,
                 online + index,
                 None if residual is None else residual + index,
                 seed,
                 update,
-                spared_here,
+                skipped_here,
                 offset + start,
                 index < length,
                 weight,
@@ -295,17 +296,17 @@ def ema_update(
                 SMALL,
                 GROUP,
             )
-        if counters_ptr is not None:
-            add(counters_ptr, spared_here)
+        if skip_counts_ptr is not None:
+            add(skip_counts_ptr, table_ptr, skipped_here)
 
 
 @triton.jit
-def add(counters_ptr, spared):
-    """Add to the counter of this program's chunk, which no other program writes; often nothing."""
-    total = tl.sum(spared)
+def add(skip_counts_ptr, table_ptr, skipped):
+    """Add to the skip count of this program's chunk, which no other program writes."""
+    total = tl.sum(skipped)
     if total > 0:
-        counter = counters_ptr + tl.program_id(0)
-        tl.store(counter, tl.load(counter) + total)
+        count_ptr = skip_counts_ptr + tl.load(table_ptr + tl.program_id(0) * 4 + 3)
+        tl.store(count_ptr, tl.load(count_ptr) + total)
 
 
 @triton.jit

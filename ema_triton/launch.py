@@ -1,4 +1,4 @@
-"""Updates and exchanges through the Triton kernels: one launch per bucket."""
+"""Updates and exchanges through the Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ema_triton import kernels, reference
-from ema_triton.buckets import ALIGNMENT, Bucket
+from ema_triton import kernels
 from ema_triton.kernels import ema_update
-from ema_triton.plan import Plan
+from ema_triton.plan import Launch
 from ema_triton.precision import overflow
+from ema_triton.state import ALIGNMENT
 
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
 _NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -26,39 +26,31 @@ WARPS = 4
 EXCHANGE_BLOCK = {2: 2048, 4: 1024, 8: 512}
 
 
-def update(plan: Plan, momentum: float | Tensor) -> None:
-    """ema = lerp(ema, online, momentum) for every averaged tensor of the plan.
+def update(launch: Launch, momentum: float | Tensor) -> None:
+    """ema = lerp(ema, online, momentum) for every tensor of the launch.
 
     Args:
-        plan: A plan that is not stale. Buckets with an `obstacle` take the reference path.
+        launch: Of a plan that is not stale, without `obstacle`.
         momentum: The weight of the online tensors: a float, or a 0-d tensor on their device,
             which the kernel reads, so that a captured CUDA graph follows its value.
     """
-    for bucket in plan.buckets:
-        if obstacle(bucket) is None:
-            bucket.count_update()
-            _launch(bucket, momentum, len(bucket.chunk_table))
-        else:
-            reference.update_bucket(bucket, momentum)
+    _launch(launch, momentum, len(launch.chunk_table))
 
 
-def exchange(bucket: Bucket) -> None:
-    """Swap the values of the bucket's EMA tensors and of their online tensors, of one dtype."""
-    if obstacle(bucket) is not None:
-        reference.exchange(bucket)
-        return
+def exchange(launch: Launch) -> None:
+    """Swap the values of the launch's EMA tensors and of their online tensors, of one dtype."""
     # Triton launches on the current device, whatever device the arguments are on.
-    with torch.accelerator.device_index(bucket.key.device.index):
-        kernels.exchange[(len(bucket.chunk_table),)](
-            bucket.chunk_table,
-            bucket.flat,
-            BLOCK=EXCHANGE_BLOCK[bucket.key.ema_dtype.itemsize],
+    with torch.accelerator.device_index(launch.kind.device.index):
+        kernels.exchange[(len(launch.chunk_table),)](
+            launch.chunk_table,
+            launch.bucket.flat,
+            BLOCK=EXCHANGE_BLOCK[launch.kind.dtype.itemsize],
             num_warps=WARPS,
         )
 
 
-def prepare(plan: Plan) -> None:
-    """Upload the chunk tables and compile the kernels, so that an update does neither.
+def prepare(launch: Launch) -> None:
+    """Upload the chunk table and compile the kernels, so that an update does neither.
 
     A float, a momentum of 1 and an fp32 tensor take a variant of the kernel each. All are compiled
     here: one that came first in the middle of a training would stall its step, and could not be
@@ -69,26 +61,22 @@ def prepare(plan: Plan) -> None:
     Raises:
         Exception: Whatever Triton raises where it cannot compile, for example without a C compiler.
     """
-    for bucket in plan.buckets:
-        if obstacle(bucket) is None:
-            tensor = torch.zeros((), dtype=torch.float32, device=bucket.key.device)
-            for momentum in (0.0, 1.0, tensor):
-                # A grid without programs is compiled and loaded, not launched.
-                _launch(bucket, momentum, 0)
+    tensor = torch.zeros((), dtype=torch.float32, device=launch.kind.device)
+    for momentum in (0.0, 1.0, tensor):
+        # A grid without programs is compiled and loaded, not launched.
+        _launch(launch, momentum, 0)
 
 
-def obstacle(bucket: Bucket) -> str | None:
-    """Why the kernel cannot take this bucket; None if it can."""
-    key = bucket.key
-    if (device := device_obstacle(key.device)) is not None:
+def obstacle(launch: Launch) -> str | None:
+    """Why the kernel cannot take this launch; None if it can."""
+    ema, online = launch.kind.dtype, launch.online_dtype
+    if (device := device_obstacle(launch.kind.device)) is not None:
         return device
-    if not key.dense:
+    if not launch.dense:
         return "the online tensors are not dense (there are gaps or overlaps in their memory)"
-    if not (key.ema_dtype == key.online_dtype == torch.float64) and not (
-        key.ema_dtype in _NARROW and key.online_dtype in _NARROW
-    ):
-        return f"the kernel does not average {key.online_dtype} into {key.ema_dtype}"
-    if bucket.flat.data_ptr() % ALIGNMENT:
+    if not (ema == online == torch.float64) and not (ema in _NARROW and online in _NARROW):
+        return f"the kernel does not average {online} into {ema}"
+    if launch.bucket.flat.data_ptr() % ALIGNMENT:
         return f"the sharded EMA model's tensor does not begin at a multiple of {ALIGNMENT} bytes"
     return None
 
@@ -100,27 +88,26 @@ def device_obstacle(device: torch.device) -> str | None:
     return f"the tensors are on {device}, which Triton does not drive"
 
 
-def _launch(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
-    key, share = bucket.key, bucket.share(momentum)
-    value, pointer = (share, None) if isinstance(share, float) else (0.0, share)
-    with torch.accelerator.device_index(key.device.index):  # on which Triton launches
+def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
+    bucket, kind, effective = launch.bucket, launch.kind, launch.effective(momentum)
+    value, pointer = (effective, None) if isinstance(effective, float) else (0.0, effective)
+    guarded = launch.skip_counts is not None
+    with torch.accelerator.device_index(kind.device.index):  # on which Triton launches
         ema_update[(chunks,)](
-            bucket.chunk_table,
+            launch.chunk_table,
             bucket.flat,
             bucket.residual,
-            bucket.draws,
-            bucket.counters,
+            bucket.random_state,
+            launch.skip_counts,
             value,
             pointer,
-            ONLINE=_online(bucket),
+            ONLINE=_online(launch),
             COPY=value == 1,
-            OVERFLOW=overflow(key.ema_dtype, key.precision)
-            if bucket.counters is not None
-            else None,
-            BLOCK=EXACT_BLOCK if key.precision == "exact" else BLOCK[key.ema_dtype.itemsize],
+            OVERFLOW=overflow(kind.dtype, kind.precision) if guarded else None,
+            BLOCK=EXACT_BLOCK if kind.precision == "exact" else BLOCK[kind.dtype.itemsize],
             num_warps=WARPS,
         )
 
 
-def _online(bucket: Bucket) -> tl.dtype:
-    return _NARROW.get(bucket.key.online_dtype, tl.float64)
+def _online(launch: Launch) -> tl.dtype:
+    return _NARROW.get(launch.online_dtype, tl.float64)

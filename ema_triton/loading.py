@@ -6,18 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ema_triton import files, ranks, shards
-from ema_triton.pairs import clean_name, listed, persistent_tensors
-from ema_triton.plan import Plan
-from ema_triton.precision import split
+from ema_triton.pairs import listed
+from ema_triton.precision import as_real, split
 from ema_triton.rivals import weights_of
 from ema_triton.saved import Saved
+from ema_triton.state import EMAState
 
 
 def weights_from(
-    source: Mapping[str, Any] | str | os.PathLike[str], ema_model: nn.Module
+    source: Mapping[str, Any] | str | os.PathLike[str], ema: EMAState
 ) -> tuple[Saved, list[str]]:
     """What is in a dict or a file of this or another library; and remarks on what is not.
 
@@ -28,8 +26,11 @@ def weights_from(
     state: Any = source if isinstance(source, Mapping) else files.read(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
         return Saved.of(state)._replace(update_index=None, schedule=None), []
-    own = persistent_tensors(ema_model)
-    found = weights_of(state, own, [clean_name(name) for name, _ in ema_model.named_parameters()])
+    tied: dict[int, str] = {}  # tensors of other libraries may have no names, and an order
+    for name, slot in ema.slots().items():
+        if not slot.is_buffer and slot.whole() is not None:
+            tied.setdefault(id(slot.whole()), name)
+    found = weights_of(state, ema.tensors(), [*tied.values()])
     remarks = []
     if found.kept:
         remarks.append(f"{found.source} has no {listed(found.kept)}, which stay as they are")
@@ -41,17 +42,17 @@ def weights_from(
     return Saved(found.weights, {}, None, 0, 0, None, None), remarks
 
 
-def spread_from_first(state: object, ema_model: nn.Module) -> Saved:
+def spread_from_first(state: object, ema: EMAState) -> Saved:
     """The parts of the whole state that rank 0 has, on every rank, all of which call this.
 
     Args:
-        state: The state, on rank 0.
-        ema_model: The EMA model.
+        state: What was saved, on rank 0.
+        ema: The state to load it into.
 
     Raises:
         ValueError: On every rank, if on rank 0 it is no state or does not fit.
     """
-    own = persistent_tensors(ema_model)
+    own = ema.tensors()
 
     def checked() -> Saved:
         found = Saved.of(state)
@@ -68,21 +69,20 @@ def spread_from_first(state: object, ema_model: nn.Module) -> Saved:
     )
 
 
-def load(found: Saved, ema_model: nn.Module, plan: Plan) -> list[str]:
-    """Check that a state fits, then write its values into the EMA's tensors.
+def load(found: Saved, ema: EMAState) -> list[str]:
+    """Check that what was saved fits an EMA, then write it into the EMA's state.
 
     Args:
         found: What was saved.
-        ema_model: The EMA model.
-        plan: Its plan, not stale.
+        ema: The state.
 
     Returns:
-        Remarks on what was lost.
+        Remarks on what was lost, and what was not told.
 
     Raises:
         ValueError: Names or shapes do not fit.
     """
-    own = persistent_tensors(ema_model)
+    own = ema.tensors()
     found.check_fit(own)
     found = found._replace(
         weights={name: shards.part_of(value, own[name]) for name, value in found.weights.items()},
@@ -90,13 +90,25 @@ def load(found: Saved, ema_model: nn.Module, plan: Plan) -> list[str]:
             name: shards.part_of(value, own[name]) for name, value in found.residuals.items()
         },
     )
-    exact = {name: one for one in plan.exact for name in one.pair.names}
     parts = {name: shards.local(tensor) for name, tensor in own.items()}
+    exact = {
+        name: residual
+        for name, part in parts.items()
+        if (residual := ema.residual_of(name, part)) is not None
+    }
     values, remarks = found.converted(parts, exact)
     for name, value in values.items():
         if name in exact:
-            split(value, exact[name].weight, exact[name].residual)
+            split(value, as_real(parts[name]), exact[name])
         else:
             parts[name].copy_(value)
-    plan.wrote()
+    if ema.precision == "stochastic" and found.precision == "stochastic":
+        ema.set_random_state(found.seed, found.updates)
+    elif ema.precision == "stochastic" and found.precision is None:
+        remarks.append(
+            "a module's state dict does not tell from where stochastic rounding goes on, which "
+            f"keeps its seed {ema.seed} and its count of {ema.rounded_updates} updates"
+        )
+    if found.update_index is not None:
+        ema.update_index = found.update_index
     return remarks

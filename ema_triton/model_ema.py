@@ -21,24 +21,30 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from ema_triton import distance, files, ranks, reference, shards
-from ema_triton.arguments import check_choices, check_momentum
-from ema_triton.backend import Backend, check_name, choose
+from ema_triton.arguments import check_choices, check_holder, check_momentum
+from ema_triton.backend import check_name, choose
 from ema_triton.distance import Distance
 from ema_triton.groups import Groups
 from ema_triton.interrupts import Deferred, SwapContext
 from ema_triton.loading import load, spread_from_first, weights_from
-from ema_triton.models import Shell, check_model, copy_model, is_sharded, unwrap
+from ema_triton.models import check_model, copy_model, unwrap
 from ema_triton.pairs import (
+    Pairs,
     Slots,
+    are_sharded,
+    check_groups,
     check_tensors,
-    has_fractions,
+    empty_slots,
+    left_out,
     own_copy,
-    persistent_tensors,
+    pair_models,
+    slots_of,
 )
-from ema_triton.plan import Memory, Plan, make_plan
+from ema_triton.plan import Plan, make_plan
 from ema_triton.precision import RESIDUAL_DTYPE
 from ema_triton.saved import VERSION, Saved
 from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
+from ema_triton.state import EMAState
 from ema_triton.swap import Swap
 
 logger = logging.getLogger("ema_triton")
@@ -54,9 +60,9 @@ class ModelEMA:
     tensors are followed wherever they go: replaced, moved, cast, converted to another memory
     format. The EMA lives on their device and keeps its own dtype.
 
-    The EMA model's weights are views into one flat buffer per dtype. `torch.save(ema.ema_model)`
-    and `torch.save(ema.state_dict())` write each byte once; but saving the `state_dict()` of one
-    of its sub-modules alone writes the whole buffer: save clones of its tensors instead.
+    The EMA's tensors lie side by side in one buffer per dtype, each with a storage of its own, so
+    that any tool saves them as those of any other model. (On CUDA, send clones of them to other
+    processes: CUDA shares whole allocations.)
 
     Args:
         model: The online model, on any device, of any floating or complex dtype. A
@@ -67,6 +73,9 @@ class ModelEMA:
         ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
             its own values, and sharded likewise. By default a copy of `model`; of a sharded one
             there is none.
+        as_module: Whether to make a copy of the module around the EMA's tensors. Without, there is
+            no `ema_model`: evaluate the online model in `swapped()`. Parameters that `include` and
+            `exclude` leave out are not held then, nor saved.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         backend: "auto", "triton" or "foreach".
@@ -117,6 +126,7 @@ class ModelEMA:
         model: nn.Module,
         *,
         ema_model: nn.Module | None = None,
+        as_module: bool = True,
         handle_buffers: str = "copy",
         backend: str = "auto",
         ema_dtype: torch.dtype | None = None,
@@ -134,69 +144,77 @@ class ModelEMA:
         self.handle_buffers = handle_buffers
         self.precision = precision
         self.nonfinite = nonfinite
-        self.update_index = 0
+        self._requested_backend = backend
         self._groups = Groups.of(include, exclude, momentum_scale)
-        check_tensors(self.model)
-        slots = Slots.of(self.model)
-        averaged = slots.parameters | (slots.buffers if handle_buffers == "update" else {})
-        self._groups.check(
-            [*slots.parameters, *slots.buffers, *slots.empty_buffers],
-            [
-                name
-                for name, slot in averaged.items()
-                if (tensor := slot.read()) is not None and has_fractions(tensor)
-            ],
-        )
-        if ema_model is None:
-            with torch.inference_mode(False):  # as in _make_plan
-                copied = Shell.of if is_sharded(self.model) else copy_model
-                self._ema_model = copied(self.model)
-        else:
-            check_model(ema_model)
-            self._ema_model = unwrap(ema_model)
-            if self._ema_model is self.model:
-                raise ValueError(
-                    "ema_model is the online model itself, so there is nothing to average. Give "
-                    "another instance of it, or leave ema_model out to have a copy made."
-                )
-        self._schedule: Schedule | None = None
+        self._left_out: set[str] = set()
         self._following: RemovableHandle | None = None
         self._swap: Swap | None = None
         self._lock = threading.RLock()
-        self._requested_backend = backend
-        self._plan: Plan | None = None
-        self._backend: Backend | None = None
+        self._plan = Plan.of_nothing()
         self._captured: list[Plan] = []
         self._warned = False
-        self._memory: Memory | None = Memory({}, seed, 0, {})
-        self._make_plan(ema_dtype)
-        self._ema_model.requires_grad_(False)
-        self._ema_model.train(handle_buffers == "ema_train")
+        if ema_model is not None:
+            check_model(ema_model)
+        online = slots_of(self.model)
+        check_tensors(online)
+        check_groups(self._groups, online, handle_buffers)
+        check_holder(self.model, ema_model, as_module, handle_buffers)
+        if not as_module:
+            self._left_out = left_out(online, self._groups)
+        holder: nn.Module | Slots
+        if ema_model is not None:
+            holder = unwrap(ema_model)
+        else:
+            caches = handle_buffers == "update"
+            holder = empty_slots(online, self._left_out, caches=caches)
+        self._state = EMAState(holder, precision=precision, seed=seed, guarded=nonfinite == "skip")
+        if ema_model is None:
+            self._build(online, ema_dtype, as_module=as_module and not are_sharded(online))
+        self._make_plan(online, ema_dtype)
+        if self._state.module is not None:
+            self._state.module.requires_grad_(False)
+            self._state.module.train(handle_buffers == "ema_train")
 
     @property
     def ema_model(self) -> nn.Module:
         """The EMA model, in eval mode unless `handle_buffers` is "ema_train".
 
         Raises:
-            RuntimeError: The model is sharded, and none was given.
+            RuntimeError: There is none: with as_module=False, and of a sharded model.
         """
-        if isinstance(self._ema_model, Shell):
-            raise RuntimeError(
-                "The model is sharded, so that its EMA is kept in parts and there is no ema_model. "
-                "Evaluate the online model with the EMA's weights (with ema.swapped() as model: "
-                "...), or give an ema_model that is sharded likewise."
+        if self._state.module is None:
+            reason, remedy = (
+                (
+                    "The model is sharded, so that its EMA is kept in parts",
+                    "give one that is sharded likewise",
+                )
+                if are_sharded(self._state.slots())
+                else ("The EMA was built with as_module=False", "build it with as_module=True")
             )
-        return self._ema_model
+            raise RuntimeError(
+                f"{reason}, and there is no ema_model. Evaluate the online model with the EMA's "
+                f"weights (with ema.swapped() as model: ...), or {remedy}."
+            )
+        return self._state.module
+
+    @property
+    def update_index(self) -> int:
+        """The number of updates made; replays of a captured CUDA graph are not seen."""
+        return self._state.update_index
+
+    @update_index.setter
+    def update_index(self, index: int) -> None:
+        self._state.update_index = index
 
     @property
     def backend(self) -> str:
         """What runs: "triton" or "foreach"."""
-        return self._chosen.name
+        return self._last_plan().backend
 
     @property
     def backend_reason(self) -> str:
         """Why that backend was chosen, and what it leaves to the reference path."""
-        return self._chosen.reason
+        return self._last_plan().reason
 
     # A compiled training step calls this as it is: traced, every address would become a guard.
     # torch.compiler.disable does the same, but its import costs a second at start-up.
@@ -221,11 +239,10 @@ class ModelEMA:
             plan, online = self._current_plan()
             self._check_momentum_fits(momentum, plan)
             plan.copies.write(online)
-            self._chosen.update(plan, momentum)
+            plan.update(momentum)
             if plan.on_cuda and torch.cuda.is_current_stream_capturing():
-                self._captured.append(plan)  # the graph goes on reading its chunk table
-            plan.wrote()
-            self.update_index += 1
+                self._captured.append(plan)  # the graph goes on reading its chunk tables
+            self._state.update_index += 1
 
     @_disable_dynamo
     def sync(self) -> None:
@@ -240,15 +257,7 @@ class ModelEMA:
         with self._lock, Deferred(), torch.no_grad():
             self._refuse_inside_swap("sync()")
             plan, online = self._current_plan()
-            plan.copies.write(online)
-            for bucket in plan.buckets:
-                reference.copy_bucket(bucket)
-            for pair in plan.kept:
-                current = pair.online_slots[0].read()
-                if current is not None:
-                    for slot in pair.ema_slots:
-                        slot.write(own_copy(current, pair.ema.dtype))
-            plan.wrote()
+            _copy_online(plan, online)
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
         """A context in which the online model has the EMA's weights and buffers, to be evaluated.
@@ -316,19 +325,19 @@ class ModelEMA:
                 "The optimizer has none of this model's parameters, so its steps do not change the "
                 "model. Give the optimizer that trains it, and build that after moving the model."
             )
-        self._schedule = schedule
+        self._state.schedule = schedule
         self._following = optimizer.register_step_post_hook(self._after_step)
         return self._following
 
     @property
     def schedule(self) -> Schedule | None:
         """The function from the update index to the momentum, if there is one; may be assigned."""
-        return self._schedule
+        return self._state.schedule
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
         check_schedule(schedule)
-        self._schedule = schedule
+        self._state.schedule = schedule
 
     def nonfinite_count(self) -> int:
         """How many values were skipped so far, in all tensors; the sum of `nonfinite_counts`.
@@ -363,7 +372,7 @@ class ModelEMA:
                 "nonfinite='propagate' counts nothing. Build the EMA with nonfinite='skip'."
             )
         with self._lock:
-            return self._known_plan().nonfinite_counts()
+            return self._state.skip_counts()
 
     def distance(self) -> Distance:
         r"""How far the EMA is from the online model, overall and by top-level module.
@@ -389,10 +398,7 @@ class ModelEMA:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap("distance()")
             plan, _ = self._current_plan()
-            averaged = [
-                pair for pair in plan.averaged if self._groups.scale(pair.names) is not None
-            ]
-            return distance.measure(averaged, plan)
+            return distance.measure(plan.averaged, plan.launches)
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
         """The EMA's state by clean name, for `torch.save` or `torch.distributed.checkpoint`.
@@ -401,7 +407,7 @@ class ModelEMA:
         from, and loads onto, any number of ranks. It holds the update index, the schedule (as
         JSON; None for a function that is not one of `ema_triton.schedules`), the EMA model's
         parameters and persistent buffers ("weights"), what an exact EMA keeps beside them
-        ("residuals"), and from where stochastic rounding goes on ("rounding"). No hooks are
+        ("residuals"), and from where stochastic rounding goes on ("random_state"). No hooks are
         called, and no extra state is in it: `ema_model.state_dict()` has that.
 
         Args:
@@ -413,15 +419,14 @@ class ModelEMA:
         # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
         # from one among others by that name.
         with self._lock, torch.no_grad():
-            plan = self._known_plan()
-            shards.reshard(self._ema_model)
-            own = persistent_tensors(self._ema_model)
+            state = self._state
+            self._reshard_ema()
+            own = state.tensors()
             weights = own if self._swap is None else self._swap.outside(own)
-            exact = {name: one for one in plan.exact for name in one.pair.names}
             residuals = {
-                name: shards.like(exact[name].residual, value)
+                name: shards.like(residual, value)
                 for name, value in own.items()
-                if name in exact and exact[name].is_in_place()
+                if (residual := state.residual_of(name, shards.local(value))) is not None
             }
             if clone and not full_state_dict:
                 weights, residuals = (
@@ -432,17 +437,16 @@ class ModelEMA:
                 weights, residuals = ranks.gathered(weights), ranks.gathered(residuals)
                 if not ranks.is_first():
                     return {}
+            stochastic = state.precision == "stochastic"
             return {
                 "version": VERSION,
-                "update_index": self.update_index,
+                "update_index": state.update_index,
                 "schedule": self._schedule_as_json(),
                 "weights": weights,
-                "precision": self.precision,
+                "precision": state.precision,
                 "residuals": residuals,
-                "rounding": (
-                    {"seed": plan.seed, "updates": plan.updates}
-                    if self.precision == "stochastic"
-                    else None
+                "random_state": (
+                    {"seed": state.seed, "updates": state.rounded_updates} if stochastic else None
                 ),
             }
 
@@ -470,8 +474,8 @@ class ModelEMA:
         if full_state_dict:
             with self._lock, torch.no_grad():
                 self._refuse_inside_swap(what)
-                shards.reshard(self._ema_model)
-                self._load(spread_from_first(state, self._ema_model), what)
+                self._reshard_ema()
+                self._load(spread_from_first(state, self._state), what)
         else:
             self._load(Saved.of(state), what)
 
@@ -490,7 +494,7 @@ class ModelEMA:
             ImportError: safetensors is not installed.
         """
         with self._lock:
-            if not is_sharded(self.model):
+            if not are_sharded(self._state.slots()):
                 files.write_weights(path, self.state_dict()["weights"], self.update_index)
                 return
             weights = self.state_dict(full_state_dict=True).get("weights", {})
@@ -519,37 +523,26 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = weights_from(source, self._ema_model)
+        found, remarks = weights_from(source, self._state)
         self._load(found, "load_weights()", remarks)
 
     def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> None:
         """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
-            plan, _ = self._current_plan()
+            self._current_plan()  # so that tensors which others put there are the state's again
             with Deferred():
-                lost = [*load(found, self._ema_model, plan), *remarks]
-                if self.precision == "stochastic" and found.precision == "stochastic":
-                    counts = plan.nonfinite_counts()
-                    self._memory = Memory({}, found.seed, found.updates, counts)
-                    self._backend = None  # the next plan counts from there
-                elif self.precision == "stochastic" and found.precision is None:
-                    lost.append(
-                        "a module's state dict does not tell from where stochastic rounding goes "
-                        f"on, which keeps its seed {plan.seed} and its count of {plan.updates} "
-                        "updates"
-                    )
+                lost = [*load(found, self._state), *remarks]
+                self._plan.bump_versions()
                 said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
-                if found.update_index is not None:
-                    self.update_index = found.update_index
                 if found.schedule is not None:
-                    if self._schedule not in (None, found.schedule):
+                    if self.schedule not in (None, found.schedule):
                         said.append(
                             f"The checkpoint's schedule {found.schedule} replaces this handler's "
-                            f"{self._schedule}. To keep another one, assign handler.schedule after "
+                            f"{self.schedule}. To keep another one, assign handler.schedule after "
                             "loading."
                         )
-                    self._schedule = found.schedule
+                    self.schedule = found.schedule
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=3)
 
@@ -557,18 +550,9 @@ class ModelEMA:
         """Without the plan: its addresses mean nothing to a copy or to another process."""
         with self._lock:
             self._refuse_inside_swap("copying or pickling the EMA")
-            memory = self._memory
-            if memory is None and self._plan is not None:
-                memory = self._plan.memory()
-            state = {
-                **self.__dict__,
-                "_plan": None,
-                "_backend": None,
-                "_captured": [],
-                "_memory": memory,
-                "_following": None,
-            }
-            del state["_lock"]
+            state = self.__dict__.copy()
+            for name in ("_lock", "_plan", "_captured", "_following"):
+                del state[name]
             return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
@@ -579,20 +563,22 @@ class ModelEMA:
             return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self.__dict__.update(
+            state, _lock=threading.RLock(), _plan=Plan.of_nothing(), _captured=[], _following=None
+        )
 
     def _schedule_as_json(self) -> str | None:
         # One value: torch.distributed.checkpoint would take a dict's keys apart, and miss them if
         # the schedule is another one when it loads.
-        state = None if self._schedule is None else schedule_to_state(self._schedule)
+        schedule = self._state.schedule
+        state = None if schedule is None else schedule_to_state(schedule)
         return None if state is None else json.dumps(state)
 
     def _swap_in(self) -> nn.Module:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap("swapped()")
             plan, _ = self._current_plan()
-            swap = Swap(self.model, self._ema_model, plan, self._chosen.exchange)
+            swap = Swap(self.model, self._state.module, plan)
             swap.enter()
             self._swap = swap
             return self.model
@@ -620,36 +606,55 @@ class ModelEMA:
         overflowed = getattr(optimizer, "found_inf", None)
         if overflowed is not None and bool(overflowed):
             return
-        assert self._schedule is not None
-        self.update(momentum_from(self._schedule, self.update_index + 1))
+        assert self.schedule is not None
+        self.update(momentum_from(self.schedule, self.update_index + 1))
 
-    @property
-    def _chosen(self) -> Backend:
-        if self._backend is None:  # unpickled, or a copy
-            self._make_plan()
-        assert self._backend is not None
-        return self._backend
+    def _build(self, online: Slots, ema_dtype: torch.dtype | None, *, as_module: bool) -> None:
+        """Copy the online tensors into the state, and the module around them."""
+        # Tensors made in inference mode could never be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._state.lay_out(self._pairs(online, ema_dtype, new=True), ema_dtype)
+            if as_module:
+                held = self._state.slots().items()
+                tensors = {online[name].whole(): slot.whole() for name, slot in held}
+                self._state.put_into(copy_model(self.model, tensors))
 
-    def _known_plan(self) -> Plan:
-        """The last plan, stale or not, with all that is known beside the weights."""
-        return self._make_plan() if self._plan is None or self._memory is not None else self._plan
+    def _pairs(
+        self, online: Slots, ema_dtype: torch.dtype | None = None, *, new: bool = False
+    ) -> Pairs:
+        return pair_models(
+            online,
+            self._state.slots(),
+            self.handle_buffers,
+            groups=self._groups,
+            left_out=self._left_out,
+            ema_dtype=ema_dtype,
+            owned=self._state.owns(),
+            new=new,
+        )
+
+    def _last_plan(self) -> Plan:
+        """The last plan, stale or not; the first one of a copy."""
+        return self._plan if self._plan.reason else self._make_plan(slots_of(self.model))
 
     def _current_plan(self) -> tuple[Plan, list[Tensor]]:
         """A plan that is not stale, and the online tensors that it copies."""
-        plan = self._plan
-        if plan is not None and self._backend is not None and not plan.is_stale():
-            online = plan.copies.read()
-            if online is not None:
-                return plan, online
-        # Perhaps a forward has only gathered the shards.
-        shards.reshard(self.model, self._ema_model)
-        if plan is None or self._backend is None or plan.is_stale() or plan.copies.read() is None:
-            plan = self._make_plan()
-        online = plan.copies.read()
+        online = self._plan.online_copies()
+        if online is None:
+            # Perhaps a forward has only gathered the shards.
+            shards.reshard(self.model)
+            self._reshard_ema()
+            online = self._plan.online_copies()
+        if online is None:
+            online = self._make_plan(slots_of(self.model)).online_copies()
         assert online is not None  # just planned
-        return plan, online
+        return self._plan, online
 
-    def _make_plan(self, ema_dtype: torch.dtype | None = None) -> Plan:
+    def _reshard_ema(self) -> None:
+        if self._state.module is not None:
+            shards.reshard(self._state.module)
+
+    def _make_plan(self, online: Slots, ema_dtype: torch.dtype | None = None) -> Plan:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "A CUDA graph is being captured, and the EMA is not ready for it: it is new, or a "
@@ -657,59 +662,62 @@ class ModelEMA:
                 "would keep old addresses. Call update() once after the last change of the models, "
                 "then capture."
             )
-        # An update on another stream may still be writing the EMA, which the new plan reads.
+        # An update on another stream may still be writing the EMA, which is read here.
         self._wait_for_devices()
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            plan = make_plan(
-                self.model,
-                self._ema_model,
-                self.handle_buffers,
-                ema_dtype=ema_dtype,
-                precision=self.precision,
-                groups=self._groups,
-                guarded=self.nonfinite == "skip",
-                previous=self._plan,
-                memory=self._memory,
-            )
-            # What reads the old plan's memory, before that is freed: the copies into the new one.
+            pairs = self._pairs(online, ema_dtype)
+            self._state.lay_out(pairs, ema_dtype)
+            plan = make_plan(self._state, pairs, self.model)
+            # What reads memory that is freed with the old plan: copies into new buckets.
             self._wait_for_devices()
-            # The tensors lie as the plan says, whether or not a backend can be found for it.
-            last, self._backend = self._backend, None
-            self._plan, self._memory = plan, None
-            self._backend = choose(self._requested_backend, plan)
-        if last is None or last.reason != self._backend.reason:
-            logger.info("EMA backend: %s (%s)", self._backend.name, self._backend.reason)
+            choose(self._requested_backend, plan)
+        if plan.reason != self._plan.reason:
+            logger.info("EMA backend: %s (%s)", plan.backend, plan.reason)
+        self._plan = plan
         return plan
 
     def _wait_for_devices(self) -> None:
-        """Wait until all streams have done what the plan's tensors are in use for."""
-        for device in {bucket.key.device for bucket in self._plan.buckets} if self._plan else ():
+        """Wait until all streams have done what the EMA's tensors are in use for."""
+        for device in {bucket.kind.device for bucket in self._state.buckets}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
     def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:
-        for bucket in plan.buckets:
+        for launch in plan.launches:
             if isinstance(momentum, Tensor):
-                if momentum.device != bucket.key.device:
+                if momentum.device != launch.kind.device:
                     raise ValueError(
-                        f"The momentum is a tensor on {momentum.device}, but '{bucket.names[0]}' "
-                        f"is on {bucket.key.device}, where using it would wait for the device. "
+                        f"The momentum is a tensor on {momentum.device}, but '{launch.names[0]}' "
+                        f"is on {launch.kind.device}, where using it would wait for the device. "
                         "Give a float, or a tensor on the model's only device."
                     )
             elif (
                 not self._warned
                 and self.precision == "nearest"
-                and bucket.key.ema_dtype in RESIDUAL_DTYPE
+                and launch.kind.dtype in RESIDUAL_DTYPE
             ):
-                resolution = torch.finfo(bucket.key.ema_dtype).eps
-                share = bucket.share(momentum)
-                if bucket.key.scale is not None and 0 < share < resolution:
+                resolution = torch.finfo(launch.kind.dtype).eps
+                effective = launch.effective(momentum)
+                if launch.scale is not None and 0 < effective < resolution:
                     self._warned = True
                     warnings.warn(
-                        f"momentum {share:g} is below the resolution of {bucket.key.ema_dtype} "
+                        f"momentum {effective:g} is below the resolution of {launch.kind.dtype} "
                         f"({resolution:g}): most updates of the EMA round away, and it stands "
                         "still. precision='exact', the default, keeps what precision='nearest' "
                         "rounds away.",
                         stacklevel=5,  # past the two frames of _disable_dynamo
                     )
+
+
+def _copy_online(plan: Plan, online: list[Tensor]) -> None:
+    """Copy all online tensors into the EMA, those that a plan copies at each update given."""
+    plan.copies.write(online)
+    for launch in plan.launches:
+        reference.copy(launch)
+    for pair in plan.kept:
+        current = pair.online_slots[0].read()
+        if current is not None:
+            for slot in pair.ema_slots:
+                slot.write(own_copy(current, pair.ema.dtype))
+    plan.bump_versions()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ema_triton import shards
-from ema_triton.pairs import Slots, own_copy
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -24,46 +24,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-class Shell(nn.Module):
-    """A model's names with a copy of this rank's part of each tensor, and without a forward.
-
-    It holds the EMA of a sharded model, which could not be copied, nor run, as a module.
-    """
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Shell:
-        """One for this model, whose tied tensors stay tied."""
-        shell, copies = cls(), dict[int, Tensor]()
-        slots = Slots.of(model)
-        for name, slot in (slots.parameters | slots.buffers | slots.empty_buffers).items():
-            path, _, key = name.rpartition(".")
-            owner: Any = shell
-            for step in path.split(".") if path else ():
-                owner = owner._modules.setdefault(step, nn.Module())
-            whole, part = slot.whole(), slot.read()
-            if whole is not None and part is not None and id(whole) not in copies:
-                copies[id(whole)] = shards.like(own_copy(part, like=whole), whole)
-            if name in slots.parameters:
-                owner._parameters[key] = copies[id(whole)]
-            else:
-                owner._buffers[key] = None if whole is None else copies[id(whole)]
-            if name in slots.caches:
-                owner._non_persistent_buffers_set.add(key)
-        return shell
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its tensors are."""
-    return any(map(shards.is_sharded, [*model.parameters(), *model.buffers()]))
-
-
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, tensors: Mapping[Tensor | None, Tensor | None]) -> nn.Module:
     """A deep copy with torch.compile wrappers taken off, inside too, so that names are clean.
+
+    Args:
+        model: The model.
+        tensors: Of tensors of the model, what the copy has instead. Tensors of kinds of their own
+            are left to their own `__deepcopy__`.
 
     Raises:
         RuntimeError: It cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {
+        id(own): other for own, other in tensors.items() if type(own) in (nn.Parameter, Tensor)
+    }
     try:
         for module in reversed([*model.modules()]):  # inner ones first
             if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import shards
+from ema_triton.groups import Groups
 
 # What can be averaged, and the dtype of the real numbers in it.
 REAL_DTYPE = {
@@ -31,6 +32,8 @@ class Slot(NamedTuple):
 
     owner: dict[str, Tensor | None]
     key: str
+    is_buffer: bool
+    persistent: bool
 
     def read(self) -> Tensor | None:
         """The tensor that is there now, also after it was replaced; of a sharded one, its part."""
@@ -40,9 +43,9 @@ class Slot(NamedTuple):
         """The same, sharded or not."""
         return self.owner.get(self.key)
 
-    def write(self, tensor: Tensor) -> None:
-        """Put it there, or have the sharded tensor that is there be around it."""
-        whole = self.whole()
+    def write(self, tensor: Tensor, like: Tensor | None = None) -> None:
+        """Put it there, sharded as what is there, or as `like` if nothing is."""
+        whole = like if self.whole() is None else self.whole()
         if shards.local(whole) is not tensor or (whole is not None and whole.dtype != tensor.dtype):
             self.owner[self.key] = shards.like(tensor, whole)
 
@@ -52,51 +55,84 @@ class Slot(NamedTuple):
         return id(self.owner), self.key
 
 
+# By clean name, a tied tensor under each of its names; some may hold None, for now.
+Slots = dict[str, Slot]
+
+
+def slots_of(model: nn.Module) -> Slots:
+    """Where a model's parameters and buffers live, in the order of its state dict."""
+    return {
+        clean_name(f"{prefix}.{key}" if prefix else key): Slot(
+            owner, key, is_buffer, key not in module._non_persistent_buffers_set
+        )
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for owner, is_buffer in ((module._parameters, False), (module._buffers, True))
+        for key in owner
+    }
+
+
+def empty_slots(online: Slots, left_out: Container[str], *, caches: bool) -> Slots:
+    """Slots for the EMA of these online tensors, in a dict by name, with nothing in them yet.
+
+    Args:
+        online: The online model's slots.
+        left_out: Names of what the EMA does not hold.
+        caches: Whether it holds non-persistent buffers.
+    """
+    tensors: dict[str, Tensor | None] = {}
+    return {
+        name: slot._replace(owner=tensors, key=name)
+        for name, slot in online.items()
+        if name not in left_out and (slot.persistent or caches)
+    }
+
+
+def left_out(slots: Slots, groups: Groups) -> set[str]:
+    """Names of the parameters that the patterns keep from being averaged."""
+    tied: dict[int, list[str]] = {}
+    for name, slot in slots.items():
+        if not slot.is_buffer:
+            tied.setdefault(id(slot.whole()), []).append(name)
+    return {name for names in tied.values() if groups.scale(names) is None for name in names}
+
+
+def are_sharded(slots: Slots) -> bool:
+    """Whether some of the tensors are."""
+    return any(shards.is_sharded(slot.whole()) for slot in slots.values())
+
+
 @dataclass(eq=False)
 class Pair:
-    """An EMA tensor and the online tensor of the same name; tied ones have a slot per name."""
+    """An EMA tensor and the online tensor of the same name; tied ones have a slot per name.
+
+    `scale` is the momentum's factor; None: it is copied. A `new` EMA tensor has no values yet.
+    """
 
     names: list[str]
     online_slots: list[Slot]
     ema_slots: list[Slot]
     online: Tensor
     ema: Tensor
+    new: bool
+    scale: float | None = None
 
     @property
     def name(self) -> str:
         """The first of its names."""
         return self.names[0]
 
+    @property
+    def dense(self) -> bool:
+        """Whether the online tensor's elements lie in memory without gaps and overlaps."""
+        return torch.ops.aten.is_non_overlapping_and_dense(self.online)  # type: ignore[no-any-return]
 
-class Slots(NamedTuple):
-    """Where a model's tensors live, by clean name; a tied tensor under each of its names."""
 
-    parameters: dict[str, Slot]
-    buffers: dict[str, Slot]
-    empty_buffers: dict[str, Slot]  # which hold None, for now
-    caches: set[str]  # names of the buffers that are not persistent
-    persistent: dict[str, Slot]  # all others, in the order of the model's state dict
+class Pairs(NamedTuple):
+    """All pairs of two models."""
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Slots:
-        """Find them all."""
-        slots = cls({}, {}, {}, set(), {})
-        for prefix, module in model.named_modules(remove_duplicate=False):
-            for found, owner in (
-                (slots.parameters, module._parameters),
-                (slots.buffers, module._buffers),
-            ):
-                for key, tensor in owner.items():
-                    name = clean_name(f"{prefix}.{key}" if prefix else key)
-                    if tensor is not None:
-                        found[name] = Slot(owner, key)
-                    elif found is slots.buffers:
-                        slots.empty_buffers[name] = Slot(owner, key)
-                    if key in module._non_persistent_buffers_set:
-                        slots.caches.add(name)
-                    elif tensor is not None:
-                        slots.persistent[name] = Slot(owner, key)
-        return slots
+    averaged: list[Pair]
+    copied: list[Pair]  # at every update, one for each slot
+    kept: list[Pair]  # the EMA model's own buffers, which only a sync copies
 
 
 # What torch.compile, and checkpoint_wrapper of activations, put into the names.
@@ -117,49 +153,106 @@ def clean_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def persistent_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers by clean name, without autograd.
+def pair_models(
+    online: Slots,
+    ema: Slots,
+    handle_buffers: str,
+    *,
+    groups: Groups,
+    left_out: Container[str] = (),
+    ema_dtype: torch.dtype | None = None,
+    owned: Iterable[int] = (),
+    new: bool = False,
+) -> Pairs:
+    """Pair an online model's tensors with its EMA's.
 
-    A sharded one is a `DTensor` around this rank's part; a tied one stands under each of its names.
+    Args:
+        online: The online model's slots.
+        ema: The EMA's.
+        handle_buffers: "copy", "update" or "ema_train".
+        groups: Which tensors are averaged with which factor of the momentum; others are copied.
+        left_out: Names that the EMA does not hold.
+        ema_dtype: For new and for copied real floating tensors; None: their own.
+        owned: Ids of EMA tensors that were copied before, and so need no copy of their own.
+        new: Whether the EMA has no tensors yet.
+
+    Raises:
+        ValueError: Names or shapes disagree, or a tensor has no memory of its own.
+        TypeError: A tensor is of a kind that cannot be averaged.
+        NotImplementedError: A tensor keeps its data in a way of its own.
     """
-    found: dict[str, Tensor] = {}
-    for name, slot in Slots.of(model).persistent.items():
-        whole = slot.whole()
-        assert whole is not None  # empty slots are not listed
-        found[name] = shards.like(shards.local(whole.detach()), whole.detach())
-    return found
+    here = {name for name in online if name not in left_out and online[name].whole() is not None}
+    there = here & ema.keys() if new else {name for name in ema if ema[name].whole() is not None}
+    for name in here ^ there:
+        slots = [model[name] for model in (online, ema) if name in model]
+        if slots[0].is_buffer:
+            # A cache may appear in one model's forward and not yet in the other's: whose it is,
+            # keeps it. In "ema_train" mode all buffers are the EMA model's own affair.
+            if handle_buffers == "ema_train" or not all(slot.persistent for slot in slots):
+                here.discard(name)
+                there.discard(name)
+            elif name in here and name in ema:  # filled in the online model's forward
+                there.add(name)
+    _refuse_extra("the online model has {}s that the EMA model lacks: {}", online, here - there)
+    _refuse_extra("the EMA model has {}s that the online model lacks: {}", ema, there - here)
+    pairs = {
+        name: _pair(name, slot, ema[name], ema_dtype)
+        for name, slot in online.items()
+        if name in here
+    }
+    buffers = [pair for name, pair in pairs.items() if online[name].is_buffer]
+    candidates = [
+        pair
+        for name, pair in pairs.items()
+        if handle_buffers == "update" or not online[name].is_buffer
+    ]
+    averaged = tie([pair for pair in candidates if has_fractions(pair.online)])
+    for pair in averaged:
+        check_averaged(pair)
+        pair.scale = groups.scale(pair.names)
+    copied = [pair for pair in candidates if not has_fractions(pair.online)]
+    if handle_buffers == "copy":
+        copied += buffers
+    kept = buffers if handle_buffers == "ema_train" else []
+    for pair in kept:
+        if pair.new:
+            pair.ema = own_copy(pair.online, pair.ema.dtype)
+    return Pairs(averaged, separate(copied, ema_dtype, {*owned}), kept)
 
 
-def pair_by_name(kind: str, online_slots: dict[str, Slot], ema: dict[str, Slot]) -> list[Pair]:
-    """A pair for every name, also for each name of a tied tensor."""
-    for here, there, whose in (
-        (online_slots, ema, "the online model has {}s that the EMA model lacks: {}"),
-        (ema, online_slots, "the EMA model has {}s that the online model lacks: {}"),
-    ):
-        if names := [name for name in here if name not in there]:
+def _refuse_extra(what: str, slots: Slots, extra: Container[str]) -> None:
+    for kind, is_buffer in (("parameter", False), ("buffer", True)):
+        names = [name for name in slots if name in extra and slots[name].is_buffer == is_buffer]
+        if names:
             raise ValueError(
-                whose.format(kind, listed(names))
+                what.format(kind, listed(names))
                 + ". They would not be averaged. Build a new ModelEMA (or EMAHandler) after "
                 "changing the model's structure, or give an ema_model with the same names."
             )
-    pairs: list[Pair] = []
-    for name, slot in online_slots.items():
-        if slot.owner is ema[name].owner:
-            raise ValueError(
-                f"{kind} '{name}' belongs to a module that the EMA model shares with the online "
-                "model, so there is nothing to average. Give an ema_model with modules of its own."
-            )
-        online, averaged = slot.read(), ema[name].read()
-        assert isinstance(online, Tensor)  # empty slots are not listed
-        _check_kind(kind, name, online)
-        if averaged is None:
-            averaged = own_copy(online)
-        else:
-            _check_kind(kind, name, averaged)
-            _check_layouts(name, slot.whole(), ema[name].whole())
-            _check_shapes(name, online, averaged)
-        pairs.append(Pair([name], [slot], [ema[name]], online, averaged))
-    return pairs
+
+
+def _pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) -> Pair:
+    kind = "buffer" if slot.is_buffer else "parameter"
+    if slot.owner is ema_slot.owner:
+        raise ValueError(
+            f"{kind} '{name}' belongs to a module that the EMA model shares with the online "
+            "model, so there is nothing to average. Give an ema_model with modules of its own."
+        )
+    online, ema = slot.read(), ema_slot.read()
+    assert online is not None
+    _check_kind(kind, name, online)
+    if new := ema is None:
+        dtype = ema_dtype if ema_dtype and online.is_floating_point() else online.dtype
+        ema = online.detach().new_zeros((), dtype=dtype).expand(online.shape)  # without memory
+        if not online.numel():
+            ema = torch.empty_like(online, dtype=dtype)
+        if isinstance(online, nn.Parameter):
+            ema = nn.Parameter(ema, requires_grad=False)
+    else:
+        _check_kind(kind, name, ema)
+        _check_layouts(name, slot.whole(), ema_slot.whole())
+        _check_shapes(name, online, ema)
+    return Pair([name], [slot], [ema_slot], online, ema, new)
 
 
 def tie(pairs: list[Pair]) -> list[Pair]:
@@ -171,7 +264,8 @@ def tie(pairs: list[Pair]) -> list[Pair]:
     first: dict[int, Pair] = {}
     tied: list[Pair] = []
     for pair in pairs:
-        twin = first.get(id(pair.ema))
+        key = id(pair.online if pair.new else pair.ema)
+        twin = first.get(key)
         if twin is not None and twin.online is pair.online:
             twin.names += pair.names
             twin.online_slots += pair.online_slots
@@ -179,7 +273,7 @@ def tie(pairs: list[Pair]) -> list[Pair]:
             continue
         if twin is not None and pair.ema_slots[0].place in [slot.place for slot in twin.ema_slots]:
             _refuse_split(twin.name, pair.name)
-        first.setdefault(id(pair.ema), pair)
+        first.setdefault(key, pair)
         shared = storage(pair.online) == storage(pair.ema) != 0
         if twin is not None or shared or pair.ema.is_inference():
             pair.ema = own_copy(pair.ema)
@@ -211,7 +305,8 @@ def separate(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]) 
             continue
         # Converted values could be anything, and the next copy overwrites them anyway.
         values = ema if ema.dtype == online.dtype or has_fractions(ema) else online
-        values = online if values.is_complex() != dtype.is_complex else values
+        if pair.new or values.is_complex() != dtype.is_complex:
+            values = online
         pair.ema = own_copy(values, dtype, online.device, like=ema)
     return [*places.values()]
 
@@ -348,11 +443,19 @@ def check_averaged(pair: Pair) -> None:
         )
 
 
-def check_tensors(model: nn.Module) -> None:
+def check_tensors(slots: Slots) -> None:
     """Raise unless every tensor of the online model is of a kind that can be averaged or copied."""
-    slots = Slots.of(model)
-    for kind, found in (("parameter", slots.parameters), ("buffer", slots.buffers)):
-        for name, slot in found.items():
-            tensor = slot.read()
-            assert isinstance(tensor, Tensor)
-            _check_kind(kind, name, tensor)
+    for name, slot in slots.items():
+        if (tensor := slot.read()) is not None:
+            _check_kind("buffer" if slot.is_buffer else "parameter", name, tensor)
+
+
+def check_groups(groups: Groups, slots: Slots, handle_buffers: str) -> None:
+    """Raise ValueError if one of the patterns would do nothing, or if all leave nothing."""
+    found = {name: tensor for name, slot in slots.items() if (tensor := slot.read()) is not None}
+    averaged = [
+        name
+        for name, tensor in found.items()
+        if has_fractions(tensor) and (handle_buffers == "update" or not slots[name].is_buffer)
+    ]
+    groups.check([name for name in slots if name in found or slots[name].is_buffer], averaged)

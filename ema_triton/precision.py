@@ -15,6 +15,7 @@ Added to such a weight, a small momentum's share rounds away, and the EMA stands
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,19 @@ def join(weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> Te
         torch.ne(half.copy_(residual), weight, out=mask)
         torch.where(mask, value, residual, out=value)
     return value
+
+
+def pieces(*tensors: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Corresponding parts of tensors of one shape, with at most `size` elements.
+
+    They are halved along their first dimension, so that a part of what is contiguous is so too.
+    """
+    if tensors[0].numel() <= size:
+        yield tensors
+        return
+    dim = next(dim for dim, length in enumerate(tensors[0].shape) if length > 1)
+    for halves in zip(*(tensor.chunk(2, dim) for tensor in tensors), strict=True):
+        yield from pieces(*halves, size=size)
 
 
 def split(value: Tensor, weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ema_triton.buckets import ALIGNMENT, CHUNK, Bucket
 from ema_triton.noise import Noise
-from ema_triton.plan import Plan
-from ema_triton.precision import Scratch, join, narrow_stochastic, overflow, split
+from ema_triton.plan import Launch
+from ema_triton.precision import Scratch, join, narrow_stochastic, overflow, pieces, split
+from ema_triton.state import ALIGNMENT, CHUNK
 
 # Elements in the scratch: 4 MiB of fp32 for each side that needs widening. For 25 M bf16 into fp32
 # on a CPU: 5.5 ms; with a quarter of it 8.1 ms, with four times 5.9 ms.
@@ -31,32 +32,26 @@ SMALL = 2048
 RUN = 1 << 15
 
 
-def update(plan: Plan, momentum: float | Tensor) -> None:
-    """ema = lerp(ema, online, momentum) for every averaged tensor of the plan.
+def update(launch: Launch, momentum: float | Tensor) -> None:
+    """ema = lerp(ema, online, momentum) for every tensor of the launch.
 
     Args:
-        plan: A plan that is not stale.
+        launch: Of a plan that is not stale.
         momentum: The weight of the online tensors: a float, or a 0-d tensor on their device.
     """
-    for bucket in plan.buckets:
-        update_bucket(bucket, momentum)
-
-
-def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
-    """ema = lerp(ema, online, momentum) for every tensor of the bucket."""
-    key, compute = bucket.key, _compute_dtype(bucket)
-    momentum = bucket.share(momentum)
-    if bucket.counters is None and bucket.draws is None and _copies(momentum):
-        copy_bucket(bucket)
+    kind, compute = launch.kind, _compute_dtype(launch)
+    momentum = launch.effective(momentum)
+    if launch.skip_counts is None and launch.bucket.random_state is None and _copies(momentum):
+        copy(launch)
         return
-    in_place = key.ema_dtype == key.online_dtype and key.precision == "nearest"
+    in_place = kind.dtype == launch.online_dtype and kind.precision == "nearest"
     # A tensor weight must have the operands' dtype, and in bf16 it would keep two digits only.
     if (
         in_place
-        and bucket.counters is None
-        and (isinstance(momentum, float) or key.ema_dtype == compute)
+        and launch.skip_counts is None
+        and (isinstance(momentum, float) or kind.dtype == compute)
     ):
-        direct = _direct.get(bucket) or _direct.setdefault(bucket, _lay_direct(bucket))
+        direct = _direct.get(launch) or _direct.setdefault(launch, _lay_direct(launch))
         for parts, gathered in direct.gathers:
             torch.cat(parts, out=gathered)
         if isinstance(momentum, float):
@@ -66,9 +61,8 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
             torch._foreach_lerp_(direct.targets, direct.sources, weights)
         return
 
-    bucket.count_update()
     weight = momentum if isinstance(momentum, float) else momentum.to(compute)
-    for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
+    for step in _steps.get(launch) or _steps.setdefault(launch, _lay_steps(launch)):
         if step.skipped is not None:
             step.online.zero_()  # between the tensors too, where nothing is to be counted
         torch._foreach_copy_(step.places, step.parts)
@@ -81,21 +75,22 @@ def update_bucket(bucket: Bucket, momentum: float | Tensor) -> None:
         step.store()
 
 
-def copy_bucket(bucket: Bucket) -> None:
-    """ema = online for every tensor of the bucket, as far as its precision goes."""
-    if bucket.residual is None:
-        torch._foreach_copy_(bucket.targets, bucket.sources)
+def copy(launch: Launch) -> None:
+    """ema = online for every tensor of the launch, as far as its precision goes."""
+    if launch.bucket.residual is None:
+        torch._foreach_copy_(launch.targets, launch.sources)
         return
-    for step in _steps.get(bucket) or _steps.setdefault(bucket, _lay_steps(bucket)):
+    for step in _steps.get(launch) or _steps.setdefault(launch, _lay_steps(launch)):
         torch._foreach_copy_(step.places, step.parts)
         step.ema.copy_(step.online)
         step.store()
 
 
-def exchange(bucket: Bucket) -> None:
-    """Swap the values of the bucket's EMA tensors and of their online tensors, of one dtype."""
-    scratch = bucket.flat.new_empty(min(CHUNK, bucket.flat.numel()))
-    for ema, online in zip(bucket.targets, bucket.sources, strict=True):
+def exchange(launch: Launch) -> None:
+    """Swap the values of the launch's EMA tensors and of their online tensors, of one dtype."""
+    flat = launch.bucket.flat
+    scratch = flat.new_empty(min(CHUNK, flat.numel()))
+    for ema, online in zip(launch.targets, launch.sources, strict=True):
         for begin in range(0, ema.numel(), CHUNK):
             mine, theirs = ema[begin : begin + CHUNK], online[begin : begin + CHUNK]
             aside = scratch[: len(mine)].copy_(mine)
@@ -114,14 +109,14 @@ class _Direct(NamedTuple):
 class _Skipped(NamedTuple):
     """Where the skip counts of a step's parts go."""
 
-    counters: Tensor
-    rows: Tensor  # int64 [parts], in the counters: the first of each part's tensor
+    counts: Tensor
+    rows: Tensor  # int64 [parts], in the counts: the first of each part's tensor
     ends: Tensor  # int64 [parts], in the step: the last element of each part
 
     def add(self, finite: Tensor) -> None:
         """Count what is not finite; between the parts all is finite."""
         total = finite.logical_not().cumsum(0)[self.ends]
-        self.counters.index_add_(0, self.rows, total.diff(prepend=total.new_zeros(1)))
+        self.counts.index_add_(0, self.rows, total.diff(prepend=total.new_zeros(1)))
 
 
 class _Step(NamedTuple):
@@ -138,7 +133,7 @@ class _Step(NamedTuple):
     ema: Tensor
     weight: Tensor
     residual: Tensor | None
-    draws: Tensor | None
+    random_state: Tensor | None
     scratch: Scratch | None  # for a precision other than "nearest"
     noise: Noise | None
     skipped: _Skipped | None
@@ -180,8 +175,8 @@ class _Step(NamedTuple):
         _move(self.ema, value)
         if self.residual is not None:
             split(value, self.weight, self.residual, self.scratch)
-        elif self.noise is not None and self.draws is not None:
-            drawn = self.noise.draw(self.draws, self.begin, self.weight.numel())
+        elif self.noise is not None and self.random_state is not None:
+            drawn = self.noise.draw(self.random_state, self.begin, self.weight.numel())
             narrow_stochastic(value, drawn, self.weight, self.scratch)
 
 
@@ -195,71 +190,78 @@ def _move(source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
 
-# Views and scratch live as long as their bucket; none of them refers to it.
-_direct: WeakKeyDictionary[Bucket, _Direct] = WeakKeyDictionary()
-_steps: WeakKeyDictionary[Bucket, list[_Step]] = WeakKeyDictionary()
+# Views and scratch live as long as their launch; none of them refers to it.
+_direct: WeakKeyDictionary[Launch, _Direct] = WeakKeyDictionary()
+_steps: WeakKeyDictionary[Launch, list[_Step]] = WeakKeyDictionary()
 
 
-def _compute_dtype(bucket: Bucket) -> torch.dtype:
-    dtypes = (bucket.key.ema_dtype, bucket.key.online_dtype)
+def _compute_dtype(launch: Launch) -> torch.dtype:
+    dtypes = (launch.kind.dtype, launch.online_dtype)
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 # Inference mode, should the first update run in it, would make a scratch that no other update may
 # write.
 @torch.inference_mode(False)
-def _lay_direct(bucket: Bucket) -> _Direct:
-    # The plan has sorted the tensors by size: small ones come first.
-    small = 0
-    if bucket.key.dense and bucket.key.device.type == "cpu":
-        small = sum(source.numel() <= SMALL for source in bucket.sources)
+def _lay_direct(launch: Launch) -> _Direct:
+    # The state has sorted the tensors by size: small ones come first.
+    flat, sources, offsets = launch.bucket.flat, launch.sources, launch.offsets
+    small, align = 0, ALIGNMENT // flat.itemsize
+    if launch.dense and launch.kind.device.type == "cpu":
+        small = len([*takewhile(lambda source: source.numel() <= SMALL, sources)])
     direct = _Direct([], [], [])
-    zeros = bucket.sources[0].new_zeros(ALIGNMENT)  # pads a source to where the next one starts
+    zeros = sources[0].new_zeros(align)  # pads a source to where the next one starts
     begin = 0
     while begin < small:
-        first = end = bucket.offsets[begin]
+        first = end = offsets[begin]
         parts: list[Tensor] = []
-        while begin < small and bucket.offsets[begin] + SMALL < first + RUN:
-            source, padding = bucket.sources[begin], bucket.offsets[begin] - end
+        while (
+            begin < small
+            and offsets[begin] + SMALL < first + RUN
+            and offsets[begin] - end < align  # else another launch's tensor lies between
+        ):
+            source, padding = sources[begin], offsets[begin] - end
             parts += [zeros[:padding], source] if padding else [source]
-            end = bucket.offsets[begin] + source.numel()
+            end = offsets[begin] + source.numel()
             begin += 1
-        gathered = bucket.flat.new_zeros(end - first)
+        gathered = flat.new_zeros(end - first)
         direct.gathers.append((parts, gathered))
-        direct.targets.append(bucket.flat[first:end])
+        direct.targets.append(flat[first:end])
         direct.sources.append(gathered)
-    direct.targets.extend(bucket.targets[small:])
-    direct.sources.extend(bucket.sources[small:])
+    direct.targets.extend(launch.targets[small:])
+    direct.sources.extend(sources[small:])
     return direct
 
 
 @torch.inference_mode(False)
-def _lay_steps(bucket: Bucket) -> list[_Step]:
-    key, compute = bucket.key, _compute_dtype(bucket)
-    size = min(SCRATCH, bucket.flat.numel())
-    online = bucket.flat.new_zeros(size, dtype=compute)
-    scratch = Scratch.like(bucket.flat[:size]) if key.precision != "nearest" else None
-    noise = Noise(size, key.device) if key.precision == "stochastic" else None
+def _lay_steps(launch: Launch) -> list[_Step]:
+    bucket, kind, compute = launch.bucket, launch.kind, _compute_dtype(launch)
+    flat, guarded = bucket.flat, launch.skip_counts is not None
+    size = min(SCRATCH, flat.numel())
+    online = flat.new_zeros(size, dtype=compute)
+    scratch = Scratch.like(flat[:size]) if kind.precision != "nearest" else None
+    noise = Noise(size, kind.device) if kind.precision == "stochastic" else None
     if scratch is not None and compute == torch.float32:
         ema = scratch.value
     else:
-        aside = bucket.counters is not None or key.ema_dtype != compute
-        ema = bucket.flat.new_zeros(size if aside else 0, dtype=compute)
+        aside = guarded or kind.dtype != compute
+        ema = flat.new_zeros(size if aside else 0, dtype=compute)
 
-    first_rows = [0, *bucket.chunks().cumsum(0).tolist()]
     steps = []
-    for stretch in stretches(bucket):
+    for stretch in stretches(launch):
         begin = stretch[0][0]
         end = stretch[-1][0] + stretch[-1][1].numel()
-        weight = bucket.flat[begin:end]
+        weight = flat[begin:end]
         skipped = None
-        if bucket.counters is not None:
-            rows = [first_rows[bisect(bucket.offsets, offset) - 1] for offset, _ in stretch]
+        if launch.skip_counts is not None:
+            rows = [
+                bucket.first_chunks[bisect(bucket.offsets, offset) - 1] for offset, _ in stretch
+            ]
             ends = [offset - begin + part.numel() - 1 for offset, part in stretch]
             skipped = _Skipped(
-                bucket.counters,
-                torch.tensor(rows, device=key.device),
-                torch.tensor(ends, device=key.device),
+                launch.skip_counts,
+                torch.tensor(rows, device=kind.device),
+                torch.tensor(ends, device=kind.device),
             )
         step = _Step(
             begin=begin,
@@ -269,34 +271,33 @@ def _lay_steps(bucket: Bucket) -> list[_Step]:
             weight=weight,
             ema=ema[: end - begin] if len(ema) else weight,
             residual=None if bucket.residual is None else bucket.residual[begin:end],
-            draws=bucket.draws,
+            random_state=bucket.random_state,
             scratch=None if scratch is None else scratch.first(end - begin),
             noise=noise,
             skipped=skipped,
-            overflow=overflow(key.ema_dtype, key.precision),
+            overflow=overflow(kind.dtype, kind.precision),
         )
         steps.append(step)
     return steps
 
 
-def stretches(bucket: Bucket) -> Iterator[list[tuple[int, Tensor]]]:
-    """The sources, each with its offset, by as many as the scratch holds."""
+def stretches(launch: Launch) -> Iterator[list[tuple[int, Tensor]]]:
+    """The sources, each with its offset, by as many as lie side by side and the scratch holds."""
     stretch: list[tuple[int, Tensor]] = []
-    for whole in zip(bucket.offsets, bucket.sources, strict=True):
-        for offset, part in _halved(*whole):
-            if stretch and offset + part.numel() > stretch[0][0] + SCRATCH:
+    end = 0
+    for whole in zip(launch.offsets, launch.sources, strict=True):
+        for offset, part in _pieces(*whole):
+            # A gap wider than padding is another launch's tensor.
+            apart = offset - end >= ALIGNMENT // launch.bucket.flat.itemsize
+            if stretch and (apart or offset + part.numel() > stretch[0][0] + SCRATCH):
                 yield stretch
                 stretch = []
             stretch.append((offset, part))
+            end = offset + part.numel()
     yield stretch
 
 
-def _halved(offset: int, source: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Halve it until it fits the scratch, along its first dimension: its EMA stays in one piece."""
-    if source.numel() <= SCRATCH:
-        yield offset, source
-        return
-    dim = next(dim for dim in range(source.dim()) if source.size(dim) > 1)
-    one, other = source.chunk(2, dim)
-    yield from _halved(offset, one)
-    yield from _halved(offset + one.numel(), other)
+def _pieces(offset: int, source: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for (piece,) in pieces(source, size=SCRATCH):
+        yield offset, piece
+        offset += piece.numel()

@@ -15,7 +15,7 @@ from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 
 # The format of ModelEMA.state_dict().
-VERSION = 1
+VERSION = 2
 
 
 class Saved(NamedTuple):
@@ -53,8 +53,9 @@ class Saved(NamedTuple):
         version = state.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(
-                f"The state has version {version!r}, but this release of ema_triton "
-                f"reads version {VERSION}. Use the release that wrote it."
+                f"The state has version {version!r}, but this release of ema_triton reads version "
+                f"{VERSION}. Load it with the release that wrote it, and hand its weights on: "
+                "save_weights() there, load_weights() here."
             )
         try:
             return cls(**_fields(state))
@@ -170,12 +171,13 @@ class Saved(NamedTuple):
 
 def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
     """What `ModelEMA.state_dict` returned, as the fields of `Saved`; any error if it is damaged."""
-    precision, update_index, rounding = state["precision"], state["update_index"], state["rounding"]
-    counts = {"seed": 0, "updates": 0} if rounding is None else {**rounding}
-    if (rounding is None) == (precision == "stochastic") or precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} with rounding {rounding!r}")
+    precision, update_index = state["precision"], state["update_index"]
+    random_state = state["random_state"]
+    counts = {"seed": 0, "updates": 0} if random_state is None else {**random_state}
+    if (random_state is None) == (precision == "stochastic") or precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} with random_state {random_state!r}")
     if counts.keys() != {"seed", "updates"} or not all(map(_is_count, counts.values())):
-        raise ValueError(f"rounding is {rounding!r}")
+        raise ValueError(f"random_state is {random_state!r}")
     if not _is_count(update_index):
         raise ValueError(f"update_index is {update_index!r}")
     schedule = None

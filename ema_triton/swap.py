@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ema_triton import shards
-from ema_triton.buckets import Bucket
 from ema_triton.pairs import listed
 from ema_triton.places import Place
-from ema_triton.plan import Plan
+from ema_triton.plan import Launch, Plan
 
 
 class Swap:
@@ -24,38 +23,33 @@ class Swap:
     values wait in a copy, and the EMA model keeps its own.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ema_model: nn.Module,
-        plan: Plan,
-        exchange: Callable[[Bucket], None],
-    ) -> None:
-        self._model, self._ema_model, self._plan, self._exchange = model, ema_model, plan, exchange
+    def __init__(self, model: nn.Module, ema_model: nn.Module | None, plan: Plan) -> None:
+        self._models = [model] if ema_model is None else [model, ema_model]
+        self._plan = plan
         self.stream = torch.cuda.current_stream() if plan.on_cuda else None
-        overlapping = self._overlapping = _overlapping(plan.buckets)
+        overlapping = self._overlapping = _overlapping(plan.launches)
         self._in_place = [
-            bucket
-            for bucket in plan.buckets
-            if bucket.key.ema_dtype == bucket.key.online_dtype
-            and bucket.key.dense
-            and bucket not in overlapping
+            launch
+            for launch in plan.launches
+            if launch.kind.dtype == launch.online_dtype
+            and launch.dense
+            and launch not in overlapping
         ]
-        aside = [bucket for bucket in plan.buckets if bucket not in self._in_place]
+        aside = [launch for launch in plan.launches if launch not in self._in_place]
         online = plan.copies.read()
         assert online is not None  # the plan is not stale
         kept = [(pair.online_slots[0].read(), pair.ema_slots[0].read()) for pair in plan.kept]
         # Online tensors that wait, and what they hold meanwhile.
         self._aside = [
-            *((o, e) for b in aside for o, e in zip(b.sources, b.targets, strict=True)),
+            *((o, e) for one in aside for o, e in zip(one.sources, one.targets, strict=True)),
             *zip(online, plan.copies.ema, strict=True),
             *((o, e) for o, e in kept if o is not None and e is not None),
         ]
         for tensor, _ in self._aside:
             _check_writable(tensor)
         self._waiting: list[Tensor] = []
-        self._exchanged: list[Bucket] = []
-        names = {name for bucket in self._in_place for name in bucket.names}
+        self._exchanged: list[Launch] = []
+        names = {name for launch in self._in_place for name in launch.names}
         self._pairs = plan.averaged
         self._moved = [pair for pair in self._pairs if pair.name in names]
         self._places = [
@@ -73,13 +67,13 @@ class Swap:
 
     def enter(self) -> None:
         """Put the EMA's values into the online model; if that fails, it has its own again."""
-        shards.reshard(self._model, self._ema_model)
+        shards.reshard(*self._models)
         self._waiting = [tensor.detach().clone() for tensor, _ in self._aside]
         try:
             with torch.no_grad():
-                for bucket in self._in_place:
-                    self._exchange(bucket)
-                    self._exchanged.append(bucket)
+                for launch in self._in_place:
+                    launch.backend.exchange(launch)
+                    self._exchanged.append(launch)
                 for tensor, value in self._aside:
                     tensor.detach().copy_(value)
                 self._check_overlapping()
@@ -88,14 +82,14 @@ class Swap:
             raise
         self._tell()
         self._versions = self._current_versions()
-        self._warning = self._model.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+        self._warning = self._models[0].register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _warn_of_ema_values
         )
 
     def leave(self) -> None:
         """Put both sides' values back, whatever became of the tensors meanwhile; warn of writes."""
         self._warning.remove()
-        shards.reshard(self._model, self._ema_model)  # what was gathered is the EMA's
+        shards.reshard(*self._models)  # what was gathered is the EMA's
         versions = self._current_versions()
         written = {
             id(place.part)
@@ -130,7 +124,7 @@ class Swap:
     def _restore(self) -> None:
         with torch.no_grad():
             while self._exchanged:
-                self._exchange(self._exchanged[-1])
+                self._exchanged[-1].backend.exchange(self._exchanged[-1])
                 self._exchanged.pop()
             for (tensor, _), value in zip(self._aside, self._waiting, strict=True):
                 tensor.detach().copy_(value)
@@ -138,8 +132,8 @@ class Swap:
 
     def _check_overlapping(self) -> None:
         """Online tensors that share memory cannot hold different values of the EMA."""
-        for bucket in self._overlapping:
-            for name, online, ema in zip(bucket.names, bucket.sources, bucket.targets, strict=True):
+        for launch in self._overlapping:
+            for name, online, ema in zip(launch.names, launch.sources, launch.targets, strict=True):
                 if not torch.equal(online.nan_to_num(), ema.to(online.dtype).nan_to_num()):
                     raise ValueError(
                         f"'{name}' shares its memory with another tensor of the online model, but "
@@ -157,21 +151,22 @@ class Swap:
                 if not tensor.is_inference()
             ]
         )
-        self._plan.wrote()
+        self._plan.bump_versions()
 
     def _current_versions(self) -> list[int]:
         return [shards.version(place.tensor) for place in self._places]
 
 
-def _overlapping(buckets: Iterable[Bucket]) -> list[Bucket]:
+def _overlapping(launches: Iterable[Launch]) -> list[Launch]:
     """Those with an online tensor that shares memory with another one.
 
     Exchanged one after the other such tensors would not come back as they were.
     """
+    launches = [*launches]
     spans = sorted(
         (source.data_ptr(), source.data_ptr() + _extent(source), number)
-        for number, bucket in enumerate(buckets)
-        for source in bucket.sources
+        for number, launch in enumerate(launches)
+        for source in launch.sources
     )
     found, last, owner = set(), 0, 0
     for begin, end, number in spans:
@@ -179,7 +174,7 @@ def _overlapping(buckets: Iterable[Bucket]) -> list[Bucket]:
             found |= {owner, number}
         if end > last:
             last, owner = end, number
-    return [bucket for number, bucket in enumerate(buckets) if number in found]
+    return [launch for number, launch in enumerate(launches) if number in found]
 
 
 def _extent(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import shards
-from ema_triton.pairs import Pair, Slot
+from ema_triton.pairs import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Watch:
     sizes: list[int]
     strides: list[tuple[int, ...]]
     ema: list[Tensor]
-    complex: list[Slot]
+    complex: list[tuple[dict[str, Any], str]]
     containers: list[dict[str, Any]]
     children: list[Any]
     empty: list[dict[str, Any]]
@@ -44,10 +44,16 @@ class Watch:
     sharded: list[bool]  # by slot; empty if none is
 
     @classmethod
-    def over(cls, model: nn.Module, ema_model: nn.Module, pairs: list[Pair]) -> Watch:
+    def of_nothing(cls) -> Watch:
+        """One that finds whatever there is stale."""
+        return cls([{}], ["nothing"], [], [], [], [], [], [], [], [], [], [], [], [])
+
+    @classmethod
+    def over(cls, model: nn.Module, ema_model: nn.Module | None, pairs: list[Pair]) -> Watch:
         """Remember the models and the pairs' tensors as they are now."""
         modules = [*model.modules()]
-        containers = [module._modules for module in [*modules, *ema_model.modules()]]
+        ema_modules = [] if ema_model is None else ema_model.modules()
+        containers = [module._modules for module in [*modules, *ema_modules]]
         owners = [owner for m in modules for owner in (m._parameters, m._buffers)]
         counted = [owner for owner in owners if owner]
         # The online tensors first, those with strides to compare leading: a dense vector has one
@@ -67,7 +73,9 @@ class Watch:
             strides=[*map(Tensor.stride, tensors[: len(strided)])],
             ema=tensors[len(online) :],
             complex=[
-                slot for slot, tensor in zip(slots, tensors, strict=True) if tensor.is_complex()
+                (slot.owner, slot.key)
+                for slot, tensor in zip(slots, tensors, strict=True)
+                if tensor.is_complex()
             ],
             containers=[owner for owner in containers if owner],
             children=_contents([owner for owner in containers if owner]),

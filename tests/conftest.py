@@ -1,7 +1,7 @@
 """Where kernels run in tests: on a GPU where there is one, else on the CPU, compiled for sm_90."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 
 import hypothesis
@@ -43,16 +43,16 @@ def _kernels() -> Iterator[Callable[[torch.device], str | None] | None]:
         yield None
         return
     from ema_triton import backend, launch
-    from ema_triton.plan import Plan
+    from ema_triton.plan import Launch
     from tests.ptx.run import compiled_for
 
     device_obstacle, decide = launch.device_obstacle, backend._obstacle
 
-    def decide_here(plan: Plan, *, explicit: bool) -> str | None:
+    def decide_here(launches: Sequence[Launch], *, explicit: bool) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
             if not explicit and launch.device_obstacle is stand_in:
                 patch.setattr(launch, "device_obstacle", device_obstacle)
-            return decide(plan, explicit=explicit)
+            return decide(launches, explicit=explicit)
 
     with compiled_for(90), pytest.MonkeyPatch.context() as patch:
         stand_in = launch.device_obstacle

@@ -73,8 +73,7 @@ def control(device: str) -> None:
     """An update that must be complained of."""
     model = nn.ParameterList([nn.Parameter(torch.ones(64, device=device))])
     ema = ModelEMA(model, backend="triton")
-    assert ema._plan is not None
-    ema._plan.buckets[0].chunk_table[0, 2] += 16
+    ema._plan.launches[0].chunk_table[0, 2] += 16
     ema.update(0.5)
 
 

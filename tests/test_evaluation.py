@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.buckets import CHUNK
+from ema_triton.state import CHUNK
 
 pytest.importorskip("ignite")
 pytest.importorskip("triton")

@@ -196,10 +196,10 @@ def test_updates_are_counted_while_nothing_is_rounded() -> None:
         ema.update(0.1)
     ema.ema_model.float()
     ema.update(0.1)
-    assert ema.state_dict()["rounding"] == {"seed": 0, "updates": 5}
+    assert ema.state_dict()["random_state"] == {"seed": 0, "updates": 5}
     ema.ema_model.bfloat16()
     ema.update(0.1)
-    assert ema.state_dict()["rounding"] == {"seed": 0, "updates": 6}
+    assert ema.state_dict()["random_state"] == {"seed": 0, "updates": 6}
 
 
 def test_a_compiled_models_state_dict() -> None:

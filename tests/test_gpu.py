@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bench import measure
 from ema_triton import ModelEMA
-from ema_triton.plan import make_plan
-from ema_triton.precision import PRECISIONS
+from ema_triton.precision import PRECISIONS, join
 from tests import oracle
+from tests.plans import plan_of, run
 from tests.strategies import KERNEL_DTYPES, Layout
 from tests.tolerances import assert_update, update_bound
 
@@ -58,7 +58,7 @@ def test_fp32_equals_foreach_lerp_bit_by_bit(momentum: float, offset: int) -> No
     twin = nn.ParameterList([tensor.clone() for tensor in ema])
     for parameter, tensor in zip(model, online, strict=True):
         parameter.data = tensor
-    launch.update(make_plan(model, twin, "copy"), momentum)
+    run(launch, plan_of(model, twin), momentum)
     if momentum == 1:  # where torch's makes NaN of what is not finite in the EMA
         ema = [tensor.clone() for tensor in online]
     else:
@@ -92,6 +92,12 @@ def test_every_dtype_against_float64(
 LOW = [torch.bfloat16, torch.float16]
 
 
+def exact_values(ema: ModelEMA) -> dict[str, Tensor]:
+    """The fp32 values of an exact EMA, by name."""
+    weights, residuals = (ema.state_dict()[part] for part in ("weights", "residuals"))
+    return {name: join(weights[name], residual) for name, residual in residuals.items()}
+
+
 def shaken(
     precision: str, ema_dtype: torch.dtype, online_dtype: torch.dtype, backend: str
 ) -> list[Tensor]:
@@ -105,7 +111,7 @@ def shaken(
         ema.update(momentum)
     if precision != "exact":
         return [tensor.detach() for tensor in ema.ema_model]
-    values = ema._plan.memory().values
+    values = exact_values(ema)
     return [values.get(str(i), tensor.detach()) for i, tensor in enumerate(ema.ema_model)]
 
 
@@ -152,7 +158,7 @@ def test_each_replay_of_a_graph_rounds_anew(dtype: torch.dtype) -> None:
             ema.ema_model[0].zero_()
         graph.replay()
         found.append(ema.ema_model[0].detach().clone())
-    assert ema.state_dict()["rounding"]["updates"] == 3
+    assert ema.state_dict()["random_state"]["updates"] == 3
     assert not torch.equal(*found)
     low, high = found[0].unique().double().tolist()
     for values in found:

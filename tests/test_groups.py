@@ -357,9 +357,9 @@ def test_a_factor_does_not_round_a_momentum_of_few_digits() -> None:
     model = nn.Linear(2, 2)
     ema = ModelEMA(model, momentum_scale={"*": 0.1})
     ema.update(0.5)
-    (bucket,) = ema._plan.buckets
+    (launch,) = ema._plan.launches
     momentum = torch.tensor(0.3, dtype=torch.bfloat16)
-    share = bucket.share(momentum)
-    assert share.dtype == torch.float32
-    assert share.item() == pytest.approx(float(momentum) * 0.1, rel=2**-23)
-    assert bucket.share(momentum.double()).dtype == torch.float64
+    effective = launch.effective(momentum)
+    assert effective.dtype == torch.float32
+    assert effective.item() == pytest.approx(float(momentum) * 0.1, rel=2**-23)
+    assert launch.effective(momentum.double()).dtype == torch.float64

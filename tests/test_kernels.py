@@ -5,22 +5,23 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import reference
-from ema_triton.plan import Plan, make_plan
-from ema_triton.precision import shown
+from ema_triton.plan import Plan
+from ema_triton.precision import join, split
+from tests.plans import plan_of, run
 
 launch = pytest.importorskip("ema_triton.launch")
 
 
-def plan_of(online: Tensor, ema: Tensor, precision: str, device: torch.device) -> Plan:
+def plan_for(online: Tensor, ema: Tensor, precision: str, device: torch.device) -> Plan:
     model = nn.ParameterList([nn.Parameter(online.to(device))])
     twin = nn.ParameterList([nn.Parameter(ema.to(device))])
-    return make_plan(model, twin, "copy", precision=precision)
+    return plan_of(model, twin, precision)
 
 
-def run(online: Tensor, ema: Tensor, momentum: float, device: torch.device) -> Tensor:
+def result_of(online: Tensor, ema: Tensor, momentum: float, device: torch.device) -> Tensor:
     """The kernel's result for one tensor."""
-    plan = plan_of(online, ema, "nearest", device)
-    launch.update(plan, momentum)
+    plan = plan_for(online, ema, "nearest", device)
+    run(launch, plan, momentum)
     return plan.ema_tensors[0].detach().cpu()
 
 
@@ -46,20 +47,20 @@ def test_bf16_is_rounded_to_nearest_even_for_every_high_half(kernel_device: torc
     online = pattern.to(torch.int32).view(torch.float32)
     zeros = torch.zeros(len(online), dtype=torch.bfloat16)
     # At momentum 1 the result is the online value, rounded.
-    result = run(online, zeros, 1.0, kernel_device)
+    result = result_of(online, zeros, 1.0, kernel_device)
     same_bits(result, online.to(torch.bfloat16))
 
 
 def test_every_bf16_and_fp16_value_is_read_exactly(kernel_device: torch.device) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         online = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-        result = run(online, torch.zeros(1 << 16), 1.0, kernel_device)
+        result = result_of(online, torch.zeros(1 << 16), 1.0, kernel_device)
         same_bits(result, online.float())
 
 
 def test_a_nan_whose_mantissa_would_carry_away_stays_a_nan(kernel_device: torch.device) -> None:
     online = bits([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001], torch.float32, torch.int32)
-    result = run(online, torch.zeros(4, dtype=torch.bfloat16), 0.5, kernel_device)
+    result = result_of(online, torch.zeros(4, dtype=torch.bfloat16), 0.5, kernel_device)
     assert result.isnan().all()
 
 
@@ -84,14 +85,14 @@ def test_an_exact_ema_takes_and_keeps_every_fp32(
     dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     value = every_high_half()
-    plan = plan_of(value, torch.zeros(len(value), dtype=dtype), "exact", kernel_device)
+    plan = plan_for(value, torch.zeros(len(value), dtype=dtype), "exact", kernel_device)
     for momentum in (1.0, 0.0):  # takes it; leaves it
-        launch.update(plan, momentum)
-        plan.wrote()
-        (kept,) = plan.memory().values.values()
-        same_bits(kept.cpu(), value)
-        (bucket,) = plan.buckets
-        same_bits(bucket.targets[0].cpu(), shown(value, dtype))
+        run(launch, plan, momentum)
+        bucket = plan.launches[0].bucket
+        same_bits(join(bucket.flat, bucket.residual)[: len(value)].cpu(), value)
+        weight, residual = torch.empty_like(value, dtype=dtype), torch.empty_like(bucket.residual)
+        split(value.clone(), weight, residual[: len(value)].cpu())
+        same_bits(plan.launches[0].targets[0].cpu(), weight)
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
@@ -99,11 +100,11 @@ def test_every_exact_weight_is_read_exactly(
     dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    plan = plan_of(torch.zeros(1 << 16), weight, "exact", kernel_device)
-    launch.update(plan, 0.0)
+    plan = plan_for(torch.zeros(1 << 16), weight, "exact", kernel_device)
+    run(launch, plan, 0.0)
     expected = weight + 0.0
     expected[weight.isinf()] = float("nan")  # 0 * Inf, as torch.lerp has it
-    same_bits(plan.buckets[0].targets[0].cpu(), expected)
+    same_bits(plan.launches[0].targets[0].cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
@@ -113,10 +114,10 @@ def test_an_old_residual_makes_no_nan(
 ) -> None:
     weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     weight = weight[weight.isfinite()]
-    plan = plan_of(torch.zeros(len(weight)), weight, "exact", kernel_device)
-    plan.buckets[0].residual.fill_(other)
-    launch.update(plan, 0.0)
-    assert torch.equal(plan.buckets[0].targets[0].cpu(), weight)
+    plan = plan_for(torch.zeros(len(weight)), weight, "exact", kernel_device)
+    plan.launches[0].bucket.residual.fill_(other)
+    run(launch, plan, 0.0)
+    assert torch.equal(plan.launches[0].targets[0].cpu(), weight)
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
@@ -130,11 +131,11 @@ def test_both_backends_round_alike_by_chance(
         online = value[start:]
         ema = torch.zeros(len(online), dtype=dtype)
         found = []
-        for update in (reference.update, launch.update):
-            plan = plan_of(online, ema, "stochastic", kernel_device)
+        for backend in (reference, launch):
+            plan = plan_for(online, ema, "stochastic", kernel_device)
             for momentum in (1.0, 0.5):
-                update(plan, momentum)
-                found.append(plan.buckets[0].targets[0].cpu().clone())
+                run(backend, plan, momentum)
+                found.append(plan.launches[0].targets[0].cpu().clone())
         same_bits(found[0], found[2])
         same_bits(found[1], found[3])
         if online_dtype == torch.float32:
@@ -149,15 +150,15 @@ def test_infinities_stay_where_the_formula_keeps_them(kernel_device: torch.devic
         for momentum in (0.25, 0.75):
             expected = torch.lerp(ema.double(), online.double(), momentum).to(dtype)
             assert expected[0].isinf() == (momentum < 0.5)  # above, the formula has Inf - Inf
-            same_bits(run(online, ema, momentum, kernel_device), expected)
+            same_bits(result_of(online, ema, momentum, kernel_device), expected)
 
 
 def test_the_padding_between_tensors_is_nobodys(kernel_device: torch.device) -> None:
     model = nn.ParameterList([torch.ones(5), torch.ones(6)]).to(kernel_device)
     twin = nn.ParameterList([torch.zeros(5), torch.zeros(6)]).to(kernel_device)
-    plan = make_plan(model, twin, "copy")
-    (bucket,) = plan.buckets
+    plan = plan_of(model, twin)
+    bucket = plan.launches[0].bucket
     bucket.flat[5:8] = 77.0
-    launch.update(plan, 0.5)
+    run(launch, plan, 0.5)
     assert bucket.flat[5:8].eq(77.0).all()
     assert twin[1].eq(0.5).all()

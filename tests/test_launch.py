@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.plan import make_plan
 from ema_triton.precision import PRECISIONS
+from tests.plans import plan_of, run
 
 launch = pytest.importorskip("ema_triton.launch")
 
@@ -94,9 +94,9 @@ def test_an_update_needs_no_variant_that_preparing_did_not_compile(
     prepared = launches.variants()
     tensor = torch.tensor(0.5, device=kernel_device)
     for momentum in (0.1, 0.0, 1.0, tensor):
-        launch.update(ema._plan, momentum)
+        run(launch, ema._plan, momentum)
     assert launches.variants() == prepared
-    launch.update(ema._plan, tensor.double())  # the control
+    run(launch, ema._plan, tensor.double())  # the control
     assert launches.variants() > prepared
 
 
@@ -106,12 +106,12 @@ def test_a_tensor_momentum_is_read_at_every_update(
 ) -> None:
     model = nn.ParameterList([torch.ones(100, dtype=dtype, device=kernel_device)])
     twin = nn.ParameterList([torch.zeros(100, dtype=dtype, device=kernel_device)])
-    plan = make_plan(model, twin, "copy")
+    plan = plan_of(model, twin)
     momentum = torch.tensor(0.25, device=kernel_device)
-    launch.update(plan, momentum)
+    run(launch, plan, momentum)
     assert twin[0].eq(0.25).all()
     momentum.fill_(1.0)
-    launch.update(plan, momentum)
+    run(launch, plan, momentum)
     assert twin[0].eq(1.0).all()
 
 

@@ -180,7 +180,7 @@ def disagreement(ema: ModelEMA, before: Any, state: Any) -> list[str]:
         if not same(found.reshape(-1) + 0, expected.reshape(-1) + 0):
             problems.append(f"{name} differs")
     old = before["state"]
-    for key in ("update_index", "rounding"):
+    for key in ("update_index", "random_state"):
         told = state[key] if whole else old[key]
         told = dict(told) if isinstance(told, Mapping) else told
         if not same(mine[key], told):
@@ -210,7 +210,13 @@ JUNK: list[Any] = [
 ]
 KEYS: list[Any] = ["", "x", "weights.", "0.weight.0", "_orig_mod", 5, 0.5, None, True, b"x", ("x",)]
 PLACES = ["", "version", "update_index", "schedule", "weights", "precision", "residuals"]
-PLACES += ["rounding", "rounding.seed", "rounding.updates", "schedule.name", "schedule.updates"]
+PLACES += [
+    "random_state",
+    "random_state.seed",
+    "random_state.updates",
+    "schedule.name",
+    "schedule.updates",
+]
 PLACES += [f"schedule.schedule{key}" for key in ("", ".name", ".momentum", ".warmup_iters", ".x")]
 DTYPES = [
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int16),
@@ -349,8 +355,8 @@ def test_junk_in_any_place_is_refused_or_means_what_it_says(place: str, options:
     *outer, key = place.split(".")
     for number, junk in enumerate(JUNK):
         state = inside = copy.deepcopy(valid)
-        if outer == ["rounding"]:
-            state["rounding"] = {"seed": 5, "updates": 6}
+        if outer == ["random_state"]:
+            state["random_state"] = {"seed": 5, "updates": 6}
         for name in outer:
             inside = inside[name]
         inside[key] = junk

@@ -60,13 +60,11 @@ def accumulated(ema: ModelEMA) -> dict[str, Tensor]:
 
 
 def joined(state: dict) -> dict[str, Tensor]:
-    """What a state holds; a tied weight's residual is under one of its names."""
+    """What a state holds."""
     weights, residuals = state["weights"], state["residuals"]
-    places = {(weights[name].data_ptr(), weights[name].shape): c for name, c in residuals.items()}
     values = {}
     for name, weight in weights.items():
-        residual = residuals.get(name, places.get((weight.data_ptr(), weight.shape)))
-        values[name] = join(weight, residual).clone()
+        values[name] = join(weight, residuals.get(name)).clone()
         if state["precision"] == "exact" and weight.dtype in LOW:
             values[name] = values[name].float()  # without a residual, the weight is all there is
     return values
@@ -510,7 +508,10 @@ def assert_same_ema(left: ModelEMA, right: ModelEMA) -> None:
     mine, theirs = left.state_dict(), right.state_dict()
     assert_same_bits(mine["weights"], theirs["weights"])
     assert_same_bits(joined(mine), joined(theirs))
-    assert (mine["precision"], mine["rounding"]) == (theirs["precision"], theirs["rounding"])
+    assert (mine["precision"], mine["random_state"]) == (
+        theirs["precision"],
+        theirs["random_state"],
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -531,7 +532,7 @@ def test_resumed_run_is_the_uncut_one(
     for other in (resumed, *twins):
         run(other, range(2, 4))
         assert_same_ema(other, ema)
-    assert ema.state_dict()["rounding"] == (
+    assert ema.state_dict()["random_state"] == (
         {"seed": 11, "updates": 4} if precision == "stochastic" else None
     )
     # A run that starts from the weights alone ends elsewhere.
@@ -736,7 +737,7 @@ DAMAGES = [
     "no weights",
     "no precision",
     "no residuals",
-    "no rounding",
+    "no random_state",
 ]
 
 
@@ -760,7 +761,7 @@ def test_damaged_state_changes_nothing(dtype: torch.dtype, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rounding",
+    "random_state",
     [
         {"seed": -1, "updates": 0},
         {"seed": 2**63, "updates": 0},
@@ -773,14 +774,14 @@ def test_damaged_state_changes_nothing(dtype: torch.dtype, damage: str) -> None:
         "0",
     ],
 )
-def test_damaged_rounding_changes_nothing(rounding: object) -> None:
+def test_a_damaged_random_state_changes_nothing(random_state: object) -> None:
     cpu = torch.device("cpu")
     options = {"backend": "foreach", "precision": "stochastic"}
     state = saved(ModelEMA(small(torch.bfloat16, cpu, 1), **options).state_dict())
     target = ModelEMA(small(torch.bfloat16, cpu, 2), seed=3, **options)
     run(target, range(2))
     before = copy.deepcopy(target)
-    state["rounding"] = rounding
+    state["random_state"] = random_state
     with pytest.raises(ValueError, match=r"\w"):
         target.load_state_dict(state)
     assert_same_ema(target, before)
@@ -1091,7 +1092,7 @@ def test_unknown_seed(seed: object) -> None:
 def test_ends_of_the_seeds(seed: int) -> None:
     ema = ModelEMA(nn.Linear(2, 1).bfloat16(), precision="stochastic", seed=seed)
     ema.update(0.5)
-    assert saved(ema.state_dict())["rounding"] == {"seed": seed, "updates": 1}
+    assert saved(ema.state_dict())["random_state"] == {"seed": seed, "updates": 1}
 
 
 # 7. mixtures

@@ -274,9 +274,8 @@ def test_saving_writes_each_byte_once() -> None:
 
     assert payload < size(ema.ema_model) < 1.3 * payload
     assert payload < size(ema.state_dict()) < 1.3 * payload
-    # What the docstring warns of: a part drags its whole buffer along, unless it is cloned.
     part = ema.ema_model[0].state_dict()
-    assert size(part) > payload
+    assert size(part) < 1.3 * payload / 20
     assert size({name: tensor.clone() for name, tensor in part.items()}) < payload / 10
 
 
@@ -328,7 +327,7 @@ def test_state_round_trip() -> None:
             lambda s: s.pop("weights"),
             r"must be what ModelEMA.state_dict\(\) returned, with 'version' and 'weights'",
         ),
-        (lambda s: s.update(version=99), "has version 99.*reads version 1"),
+        (lambda s: s.update(version=99), "has version 99.*reads version 2"),
     ],
 )
 def test_a_state_that_does_not_fit_loads_nothing(

@@ -9,29 +9,34 @@ import torch
 from torch import nn
 
 from ema_triton import ModelEMA, model_ema
-from ema_triton.buckets import ALIGNMENT, CHUNK, Bucket
-from ema_triton.plan import Plan, make_plan
+from ema_triton.pairs import slots_of
+from ema_triton.plan import Launch, Plan, make_plan
+from ema_triton.precision import join
+from ema_triton.state import ALIGNMENT, CHUNK
+from tests.plans import plan_of
 
 
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 3), nn.Linear(3, 1))
 
 
-def only_bucket(ema: ModelEMA) -> Bucket:
-    (bucket,) = ema._plan.buckets
-    return bucket
+def only_launch(ema: ModelEMA) -> Launch:
+    (launch,) = ema._plan.launches
+    return launch
 
 
-def test_every_ema_tensor_is_an_aligned_view_of_one_buffer() -> None:
+def test_every_ema_tensor_is_an_aligned_part_of_one_buffer() -> None:
     ema = ModelEMA(model(), handle_buffers="update")
-    bucket = only_bucket(ema)
+    bucket = only_launch(ema).bucket
     tensors = [*ema.ema_model.parameters()]
     tensors += [b for b in ema.ema_model.buffers() if b.is_floating_point()]
     assert len(bucket.names) == len(tensors) == 10
-    storage = bucket.flat.untyped_storage().data_ptr()
+    begin, end = bucket.flat.data_ptr(), bucket.flat.data_ptr() + bucket.flat.nbytes
     for tensor in tensors:
-        assert tensor.untyped_storage().data_ptr() == storage
+        assert begin <= tensor.data_ptr() <= end - tensor.nbytes
         assert tensor.data_ptr() % ALIGNMENT == 0
+        assert tensor.untyped_storage().data_ptr() == tensor.data_ptr()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
     ranges = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in tensors)
     assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
@@ -55,11 +60,12 @@ def test_the_online_tensors_stay_where_they_are() -> None:
 def test_chunks_cover_every_element_once() -> None:
     sizes = [1, 8, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 8, 0]
     online = nn.ParameterList([torch.zeros(size) for size in sizes])
-    bucket = only_bucket(ModelEMA(online))
-    seen = torch.zeros(len(bucket.flat), dtype=torch.int)
-    address_of = dict(zip(bucket.offsets, [s.data_ptr() for s in bucket.sources], strict=True))
+    launch = only_launch(ModelEMA(online))
+    seen = torch.zeros(len(launch.bucket.flat), dtype=torch.int)
+    address_of = dict(zip(launch.offsets, [s.data_ptr() for s in launch.sources], strict=True))
     starts = sorted(address_of)
-    for address, offset, packed in bucket.chunk_table.tolist():
+    for number, (address, offset, packed, counted) in enumerate(launch.chunk_table.tolist()):
+        assert counted == number
         length = packed // 2
         assert 0 < length <= CHUNK
         seen[offset : offset + length] += 1
@@ -76,16 +82,16 @@ def test_the_aligned_flag_is_set_where_both_sides_allow_it_and_only_there() -> N
     for parameter, tensor in zip(online, tensors, strict=True):
         parameter.data = tensor
     ema = nn.ParameterList([torch.zeros(t.shape) for t in tensors])
-    (bucket,) = make_plan(online, ema, "copy").buckets
+    (launch,) = plan_of(online, ema).launches
     flags = {
         (name, index): packed & 1
         for (name, index), packed in zip(
             [("2", 0), ("0", 0), ("1", 0), ("3", 0), ("3", 1)],
-            bucket.chunk_table[:, 2].tolist(),
+            launch.chunk_table[:, 2].tolist(),
             strict=True,
         )
     }
-    assert bucket.names == ["2", "0", "1", "3"]
+    assert launch.names == ["2", "0", "1", "3"]
     # 2: 15 elements; 1: a misaligned address; the second chunk of 3: 4 elements.
     assert flags == {("2", 0): 0, ("0", 0): 1, ("1", 0): 0, ("3", 0): 1, ("3", 1): 0}
 
@@ -94,12 +100,16 @@ def test_chunk_offsets_beyond_int32_do_not_wrap() -> None:
     # A bucket of 3 * 2^31 elements that no memory backs: only its table is made.
     size = 3 * 2**30
     tensor = torch.zeros(1).expand(size)
-    key = only_bucket(ModelEMA(nn.Linear(1, 1))).key
-    bucket = Bucket(
-        key, ["a", "b"], tensor, None, None, None, [0, size], [tensor] * 2, [tensor] * 2
+    bucket = dataclasses.replace(
+        only_launch(ModelEMA(nn.Linear(1, 1))).bucket,
+        names=["a", "b"],
+        offsets=[0, size],
+        places=[tensor] * 2,
     )
-    _, offset, packed = bucket.chunk_table[-1].tolist()
+    launch = Launch(bucket, [0, 1], torch.float32, True, 1.0, [tensor] * 2, [tensor] * 2)
+    _, offset, packed, number = launch.chunk_table[-1].tolist()
     assert offset == 2 * size - CHUNK
+    assert number == 2 * size // CHUNK - 1
     assert packed == 2 * CHUNK + (tensor.data_ptr() % 16 == 0)
 
 
@@ -186,10 +196,10 @@ def test_in_place_writes_are_not_moves() -> None:
 def test_a_stale_plan_keeps_the_buffers_that_are_still_in_place() -> None:
     online = model()
     ema = ModelEMA(online)
-    flat = only_bucket(ema).flat
+    flat = only_launch(ema).bucket.flat
     replace(online)
     ema.update(0.5)
-    assert only_bucket(ema).flat is flat
+    assert only_launch(ema).bucket.flat is flat
 
 
 def test_freed_addresses_cannot_be_mistaken() -> None:
@@ -204,11 +214,11 @@ def test_freed_addresses_cannot_be_mistaken() -> None:
     assert torch.equal(ema.ema_model.weight, online.weight)
 
 
-def test_tensors_with_gaps_get_a_bucket_of_their_own() -> None:
+def test_tensors_with_gaps_get_a_launch_of_their_own() -> None:
     online = nn.ParameterList([torch.zeros(4), torch.zeros(4)])
     online[1].data = torch.arange(8.0)[::2]
     plan = ModelEMA(online)._plan
-    assert {tuple(b.names): b.key.dense for b in plan.buckets} == {("0",): True, ("1",): False}
+    assert {tuple(one.names): one.dense for one in plan.launches} == {("0",): True, ("1",): False}
 
 
 def test_ema_tensors_that_share_a_version_keep_their_digits() -> None:
@@ -227,7 +237,8 @@ def test_ema_tensors_that_share_a_version_keep_their_digits() -> None:
             average.update(0.01)
         plans.add(ema._plan)
     assert len(plans) == 1
-    for name, value in ema._plan.memory().values.items():
+    for name, residual in ema._state.residuals.items():
+        value = join(ema.state_dict()["weights"][name], residual)
         assert torch.equal(value, wide.ema_model[0].weight), name
 
 
@@ -242,12 +253,13 @@ def test_a_new_plan_waits_for_the_device_before_it_reads_the_ema_and_before_it_f
 
     monkeypatch.setattr(model_ema, "make_plan", planned)
     monkeypatch.setattr(torch.cuda, "synchronize", steps.append)
-    ema._make_plan()
+    ema._make_plan(slots_of(ema.model))
     assert steps == ["plan"]  # on a CPU there is nothing to wait for
     gpu = torch.device("cuda", 0)
-    bucket = only_bucket(ema)
-    bucket = dataclasses.replace(bucket, key=bucket.key._replace(device=gpu))
-    ema._plan = dataclasses.replace(ema._plan, buckets=[bucket])
+    bucket = only_launch(ema).bucket
+    buckets = [dataclasses.replace(bucket, kind=bucket.kind._replace(device=gpu))]
+    monkeypatch.setattr(ema._state, "lay_out", lambda *args: steps.append("lay out"))
+    ema._state.buckets = buckets
     steps.clear()
-    ema._make_plan()
-    assert steps == [gpu, "plan", gpu]
+    ema._make_plan(slots_of(ema.model))
+    assert steps == [gpu, "lay out", "plan", gpu]

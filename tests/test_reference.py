@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_triton import reference
-from ema_triton.plan import make_plan
+from tests.plans import plan_of, run
 from tests.tolerances import assert_update, update_bound
 
 
@@ -41,12 +41,10 @@ SIZES = [3, 64, 64, 64, 64, 64, 64, 64, 64, 64, 100, 100, 5000, 70000]
 
 
 def test_one_dtype_is_one_foreach_call_and_no_allocation() -> None:
-    plan = make_plan(
-        filled(SIZES, 1.0, torch.float32), ema := filled(SIZES, 0.0, torch.float32), "copy"
-    )
-    reference.update(plan, 0.0)
+    plan = plan_of(filled(SIZES, 1.0, torch.float32), ema := filled(SIZES, 0.0, torch.float32))
+    run(reference, plan, 0.0)
     with Recorder() as recorder:
-        reference.update(plan, 0.25)
+        run(reference, plan, 0.25)
     assert recorder.calls.count("_foreach_lerp_") == 1
     assert set(recorder.calls) == {"_foreach_lerp_", "cat"}  # cat gathers the small ones
     assert recorder.largest == 0
@@ -57,11 +55,11 @@ def test_one_dtype_is_one_foreach_call_and_no_allocation() -> None:
 def test_mixed_dtypes_meet_in_a_bounded_scratch(ema_dtype: torch.dtype) -> None:
     online_dtype = torch.bfloat16 if ema_dtype != torch.bfloat16 else torch.float32
     sizes = [3, 2 * reference.SCRATCH + 5, 7, reference.SCRATCH - 1]
-    plan = make_plan(filled(sizes, 1.0, online_dtype), ema := filled(sizes, 0.0, ema_dtype), "copy")
+    plan = plan_of(filled(sizes, 1.0, online_dtype), ema := filled(sizes, 0.0, ema_dtype))
     with Recorder() as first:
-        reference.update(plan, 0.25)
+        run(reference, plan, 0.25)
     with Recorder() as second:
-        reference.update(plan, 1.0)
+        run(reference, plan, 1.0)
     assert 0 < first.largest <= 16 * 2**20  # laid once
     assert second.largest == 0
     assert all(p.eq(1.0).all() for p in ema)
@@ -79,10 +77,10 @@ def test_gaps_and_mixed_dtypes_together_stay_bounded() -> None:
     online[0].data = torch.randn(length, 2, dtype=torch.bfloat16)[:, :1]
     ema = nn.ParameterList([torch.randn(length, 1)])
     before = ema[0].detach().clone()
-    plan = make_plan(online, ema, "copy")
-    assert not plan.buckets[0].key.dense
+    plan = plan_of(online, ema)
+    assert not plan.launches[0].dense
     with Recorder() as recorder:
-        reference.update(plan, 0.3)
+        run(reference, plan, 0.3)
     assert recorder.largest <= 16 * 2**20
     truth = torch.lerp(before.double(), online[0].double(), torch.tensor(0.3).double())
     assert_update(ema[0].detach(), truth, update_bound(before, online[0], torch.float32))
@@ -95,12 +93,12 @@ def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) ->
     for small, gathered in ((2048, 140), (0, 0)):
         monkeypatch.setattr(reference, "SMALL", small)
         ema = nn.ParameterList([torch.zeros(size) for size in sizes])
-        plan = make_plan(online, ema, "copy")
-        reference.update(plan, 0.3)
-        gathers = reference._direct[plan.buckets[0]].gathers
+        plan = plan_of(online, ema)
+        run(reference, plan, 0.3)
+        gathers = reference._direct[plan.launches[0]].gathers
         assert (
             sum(
-                any(part is s for s in plan.buckets[0].sources)
+                any(part is s for s in plan.launches[0].sources)
                 for parts, _ in gathers
                 for part in parts
             )
@@ -113,8 +111,8 @@ def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_scratch_goes_with_the_plan() -> None:
     before = len(reference._steps)
-    plan = make_plan(filled([9], 1.0, torch.bfloat16), filled([9], 0.0, torch.float32), "copy")
-    reference.update(plan, 0.5)
+    plan = plan_of(filled([9], 1.0, torch.bfloat16), filled([9], 0.0, torch.float32))
+    run(reference, plan, 0.5)
     assert len(reference._steps) == before + 1
     del plan
     assert len(reference._steps) == before

@@ -200,7 +200,7 @@ def test_runs_that_are_killed_at_random_moments(tmp_path: Path) -> None:
         while kills < KILLS and killed(context, folder, chance):
             kills += 1
             for file in folder.glob("*.pt"):  # none is half-written
-                assert torch.load(file, weights_only=True)["ema"]["version"] == 1
+                assert torch.load(file, weights_only=True)["ema"]["version"] == 2
         assert kills < KILLS or not killed(context, folder, None)
         last = newest(folder)
         assert last is not None
@@ -354,7 +354,7 @@ def test_an_ema_that_follows_may_be_cut_anywhere(
 
 # --- What a state is ---------------------------------------------------------------------------
 
-KEYS = ["version", "update_index", "schedule", "weights", "precision", "residuals", "rounding"]
+KEYS = ["version", "update_index", "schedule", "weights", "precision", "residuals", "random_state"]
 SCHEDULES = [
     schedules.Constant(0.3),
     LinearWarmup(0.9, 0.1, 7),
@@ -544,7 +544,7 @@ def torn(ema: ModelEMA, look: Callable[[], dict[str, Any]], times: int) -> int:
     with in_another_thread(count, ema):
         for _ in range(times):
             state = look()
-            updates = (state["rounding"] or {"updates": state["update_index"]})["updates"]
+            updates = (state["random_state"] or {"updates": state["update_index"]})["updates"]
             found += told(state) != {number_at(state["update_index"])}
             found += updates != state["update_index"]
     assert ema.update_index > 1

@@ -15,9 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_triton import ModelEMA
 from ema_triton.files import read
-from ema_triton.pairs import clean_name, persistent_tensors
+from ema_triton.pairs import clean_name
 from ema_triton.rivals import Found, weights_of
 from ema_triton.saved import Saved
+from ema_triton.state import EMAState
 
 TIMM = Path(__file__).with_name("files") / "timm_checkpoint.pth.tar"
 
@@ -50,7 +51,7 @@ def train(model: nn.Module) -> None:
 
 
 def own_of(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    own = persistent_tensors(model)
+    own = EMAState(model, precision="nearest", seed=0, guarded=False).tensors()
     return own, [clean_name(name) for name, _ in model.named_parameters()]
 
 

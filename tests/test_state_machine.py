@@ -19,9 +19,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
-from ema_triton import ModelEMA, plan, reference
+from ema_triton import ModelEMA, reference
 from ema_triton.groups import Groups
 from ema_triton.precision import PRECISIONS
+from ema_triton.state import EMAState
 from tests.tolerances import update_bound
 
 # A bf16 EMA may lose what a small momentum adds; the bound knows.
@@ -325,21 +326,19 @@ def test_the_machine_notices_an_update_that_is_slightly_wrong() -> None:
         machine.equals_the_shadow()
 
 
-def test_the_machine_notices_digits_lost_in_a_new_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_notices_digits_lost_in_a_new_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = AnyOrder()
     machine.build("update", 0, torch.bfloat16)
-    for _ in range(5):
+    for channels_last in (True, False, True):
         machine.write_online_in_place()
         machine.update(0.3)
-        machine.replace_a_parameter()
+        machine.change_memory_format(channels_last, "online")
     machine.equals_the_shadow()
-    known = plan._Past.of
-    forgotten = {"buckets": [], "exact": {}}
-    monkeypatch.setattr(plan._Past, "of", lambda *args: known(*args)._replace(**forgotten))
-    for _ in range(5):
+    monkeypatch.setattr(EMAState, "residual_of", lambda *args: None)
+    for channels_last in (True, False, True):
         machine.write_online_in_place()
         machine.update(0.001)
-        machine.replace_a_parameter()
+        machine.change_memory_format(channels_last, "online")
     with pytest.raises(AssertionError):
         machine.equals_the_shadow()
 

@@ -19,7 +19,8 @@ from bench.models import MODELS, Model, make_module
 from bench.results import LIMIT
 from bench.run import Case
 from ema_triton import ModelEMA
-from ema_triton.buckets import CHUNK, Bucket
+from ema_triton.plan import Launch
+from ema_triton.state import CHUNK
 from tests.test_generated_code import python
 
 # Several chunks, whole blocks, a ragged end, a masked tensor, an empty one.
@@ -37,19 +38,19 @@ def _candidates(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) ->
 
     kernel, launched = Kernel(tune.candidate), tune._launch
 
-    def launched_here(bucket: Bucket, variant: tune.Variant, table: Tensor) -> None:
-        kernel.everyone = [*chain.from_iterable(spans_of(bucket, len(bucket.flat)))]
-        launched(bucket, variant, table)
+    def launched_here(one: Launch, variant: tune.Variant, table: Tensor) -> None:
+        kernel.everyone = [*chain.from_iterable(spans_of(one, len(one.bucket.flat)))]
+        launched(one, variant, table)
 
     monkeypatch.setattr(tune, "candidate", kernel)
     monkeypatch.setattr(tune, "_launch", launched_here)
 
 
-def bucket_of(case: Case, device: torch.device) -> Bucket:
+def launch_of(case: Case, device: torch.device) -> Launch:
     online = make_module(RAGGED, case.online_dtype, device)
     ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
-    (bucket,) = ema._plan.buckets
-    return bucket
+    (one,) = ema._plan.launches
+    return one
 
 
 WHOLE = 1 << 40
@@ -60,8 +61,8 @@ def test_every_variant_computes_what_ships(case: Case, kernel_device: torch.devi
     tried = tune.variants(case)
     if kernel_device.type == "cpu":  # where nothing depends on the number of warps
         tried = [variant for variant in tried if variant.warps == tried[0].warps]
-    bucket = bucket_of(case, kernel_device)
-    tune.check(bucket, [*tune.prepare(bucket, tried).values()], WHOLE)
+    one = launch_of(case, kernel_device)
+    tune.check(one, [*tune.prepare(one, tried).values()], WHOLE)
 
 
 @pytest.fixture
@@ -184,13 +185,13 @@ def test_seven_billion_parameters_are_compared_on_78_gib(monkeypatch: pytest.Mon
 
 def test_a_variant_that_differs_is_not_timed(kernel_device: torch.device) -> None:
     case = tune.CASES["fp32<-fp32"]
-    bucket = bucket_of(case, kernel_device)
-    (right,) = tune.prepare(bucket, [tune.shipped(case)]).values()
-    tune.check(bucket, [right], WHOLE)
+    one = launch_of(case, kernel_device)
+    (right,) = tune.prepare(one, [tune.shipped(case)]).values()
+    tune.check(one, [right], WHOLE)
     twice = right._replace(launch=lambda rows: (right.launch(rows), right.launch(rows)))
     for wrong in (right._replace(launch=lambda rows: None), twice):
         with pytest.raises(AssertionError, match="differs from the shipped kernel in elements 0 "):
-            tune.check(bucket, [right, wrong], WHOLE)
+            tune.check(one, [right, wrong], WHOLE)
 
 
 LONG = Model("long", {"a": (3 * tune.LEAST_PIECE + 5,), "b": (tune.LEAST_PIECE,), "c": (7,)})
@@ -202,34 +203,34 @@ def test_pieces_are_compared_where_whole_copies_do_not_fit(
     """With what stands in for the kernel: it is called with the rows of each piece, once."""
     online = make_module(LONG, torch.float32, torch.device("cpu"))
     ema = ModelEMA(online, backend="foreach")
-    (bucket,) = ema._plan.buckets
+    (one,) = ema._plan.launches
     rows = []
 
-    def launch(changed: Bucket, momentum: float, chunks: int) -> None:
+    def launch(changed: Launch, momentum: float, chunks: int) -> None:
         rows.extend(changed.chunk_table.tolist())
         assert chunks == len(changed.chunk_table)
-        for _, offset, length in changed.chunk_table.tolist():
-            bucket.flat[offset : offset + length // 2].mul_(1 - momentum)
+        for _, offset, length, _ in changed.chunk_table.tolist():
+            one.bucket.flat[offset : offset + length // 2].mul_(1 - momentum)
 
     monkeypatch.setattr(tune.launch, "_launch", launch)
-    table = bucket.table(4096)
+    table = one.table(4096)
     compared = []
 
     def variant(own: torch.Tensor, wrong: int | None = None) -> None:
         compared.append(own[:, 1].tolist())
-        for _, offset, length in own.tolist():
+        for _, offset, length, _ in own.tolist():
             if offset != wrong:
-                bucket.flat[offset : offset + length // 2].mul_(1 - tune.MOMENTUM)
+                one.bucket.flat[offset : offset + length // 2].mul_(1 - tune.MOMENTUM)
 
-    tune.check(bucket, [tune.Prepared(table, variant)], 2 * tune.LEAST_PIECE)
-    assert rows == bucket.chunk_table.tolist()
+    tune.check(one, [tune.Prepared(table, variant)], 2 * tune.LEAST_PIECE)
+    assert rows == one.chunk_table.tolist()
     assert [len(offsets) for offsets in compared] == [9, 16, 9]
     assert sum(compared, []) == table[:, 1].tolist()  # noqa: RUF017
     # What is wrong in the last chunk alone is found, and said where.
     last = int(table[-1, 1])
     wrong = tune.Prepared(table, lambda own: variant(own, last))
-    with pytest.raises(AssertionError, match=f"elements [0-9]+ to {len(bucket.flat)} of "):
-        tune.check(bucket, [wrong], 2 * tune.LEAST_PIECE)
+    with pytest.raises(AssertionError, match=f"elements [0-9]+ to {len(one.bucket.flat)} of "):
+        tune.check(one, [wrong], 2 * tune.LEAST_PIECE)
 
 
 def test_a_piece_has_whole_chunks_of_every_size() -> None:

@@ -1,5 +1,7 @@
 """One update against float64 truth: the reference path and the kernel, over everything drawn."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,16 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ema_triton import reference
-from ema_triton.plan import make_plan
 from ema_triton.precision import PRECISIONS
 from tests import oracle
+from tests.plans import plan_of, run
 from tests.strategies import KERNEL_DTYPES, MOMENTA, REFERENCE_DTYPES, Layout, layouts
 from tests.tolerances import assert_update, update_bound
 
 launch = pytest.importorskip("ema_triton.launch")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-UPDATES = {"reference": reference.update, "kernel": launch.update}
+UPDATES = {"reference": partial(run, reference), "kernel": partial(run, launch)}
 
 
 def parameters(tensors: list[Tensor]) -> nn.ParameterList:
@@ -45,7 +47,7 @@ def check(
     before = [tensor.clone() for tensor in ema]
     online_before = [tensor.clone() for tensor in online]
     ema_module = parameters(ema)
-    plan = make_plan(parameters(online), ema_module, "copy", precision=precision)
+    plan = plan_of(parameters(online), ema_module, precision)
     weight = torch.tensor(momentum, device=DEVICE) if as_tensor else momentum
     UPDATES[path](plan, weight)
 
@@ -106,7 +108,7 @@ def test_every_dtype_pair(
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout((1000,), (0,), 0, 0)
     half = (torch.float32, torch.float32)
-    right = reference.update
+    right = UPDATES["reference"]
     monkeypatch.setitem(UPDATES, "reference", lambda plan, m: right(plan, m * (1 + 1e-5)))
     with pytest.raises(AssertionError, match="exceeds its bound"):
         check("reference", [(layout, half)], 0.3, 0, False)

@@ -22,5 +22,5 @@ def build(
 
 
 def memory(sizes: Sizes) -> Memory:
-    """A copy of the model before it lies flat; 8 bytes per element of a tensor that is split."""
-    return Memory(sizes.online + sizes.ema + (8 * sizes.largest if sizes.exact else 0), 0)
+    """What is kept: the EMA, in which the online tensors are copied."""
+    return Memory(sizes.ema, 0)

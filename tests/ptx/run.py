@@ -21,8 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ema_triton import kernels, launch
-from ema_triton.buckets import CHUNK, Bucket
-from tests.ptx.machine import Launch, Program
+from ema_triton.plan import Launch
+from ema_triton.state import CHUNK
+from tests.ptx import machine
+from tests.ptx.machine import Program
 from tests.ptx.memory import Memory, Span
 
 ARCHITECTURES = (80, 90, 100)
@@ -55,14 +57,14 @@ class Kernel:
         }
         read = [
             Span.of(name, arguments[name])
-            for name in ("table_ptr", "draws_ptr", "momentum_ptr")
+            for name in ("table_ptr", "random_state_ptr", "momentum_ptr")
             if name in arguments
         ]
         program = decoded(self.edit(compiled.asm["ptx"]))
         # Behind its arguments a program has pointers to scratch memory, which it does not use.
         parameters = [*map(_bits, arguments.values()), *[np.zeros((1, 1), "u8")] * 2]
         memory = Memory(self.everyone + read, self.own)
-        program.run(Launch(grid[0], parameters, compiled.metadata.shared, memory))
+        program.run(machine.Launch(grid[0], parameters, compiled.metadata.shared, memory))
 
 
 def _bits(value: Tensor | int | float) -> np.ndarray:
@@ -89,13 +91,13 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
     update, exchange = Kernel(UPDATE, edit), Kernel(EXCHANGE, edit)
     launch_update, launch_exchange = launch._launch, launch.exchange
 
-    def updating(bucket: Bucket, momentum: float | Tensor, chunks: int) -> None:
-        update.own = spans_of(bucket)
-        launch_update(bucket, momentum, chunks)
+    def updating(one: Launch, momentum: float | Tensor, chunks: int) -> None:
+        update.own = spans_of(one)
+        launch_update(one, momentum, chunks)
 
-    def exchanging(bucket: Bucket) -> None:
-        exchange.own = spans_of(bucket, exchanges=True)
-        launch_exchange(bucket)
+    def exchanging(one: Launch) -> None:
+        exchange.own = spans_of(one, exchanges=True)
+        launch_exchange(one)
 
     before = dict(vars(driver))
     with pytest.MonkeyPatch.context() as patch:
@@ -111,12 +113,13 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
             vars(driver).update(before)
 
 
-def spans_of(bucket: Bucket, chunk: int = CHUNK, *, exchanges: bool = False) -> list[list[Span]]:
+def spans_of(one: Launch, chunk: int = CHUNK, *, exchanges: bool = False) -> list[list[Span]]:
     """What each block of a launch may touch: its chunk of one tensor, and what is beside it."""
-    found = []
-    for name, offset, source in zip(bucket.names, bucket.offsets, bucket.sources, strict=True):
-        for begin in range(0, source.numel(), chunk):
-            end, number = min(begin + chunk, source.numel()), len(found)
+    found, bucket = [], one.bucket
+    for member, offset, source in zip(one.members, one.offsets, one.sources, strict=True):
+        name = bucket.names[member]
+        for index, begin in enumerate(range(0, source.numel(), chunk)):
+            end = min(begin + chunk, source.numel())
             online, ema = slice(begin, end), slice(offset + begin, offset + end)
             spans = [
                 Span.of(f"EMA of {name}", bucket.flat, ema, writable=True),
@@ -125,8 +128,9 @@ def spans_of(bucket: Bucket, chunk: int = CHUNK, *, exchanges: bool = False) -> 
             if bucket.residual is not None and not exchanges:
                 beside = Span.of(f"residual of {name}", bucket.residual, ema, writable=True)
                 spans.append(beside)
-            if bucket.counters is not None and not exchanges:
-                one = slice(number, number + 1)
-                spans.append(Span.of("its counter", bucket.counters, one, writable=True))
+            if one.skip_counts is not None and not exchanges:
+                number = bucket.first_chunks[member] + index
+                count = slice(number, number + 1)
+                spans.append(Span.of("its skip count", one.skip_counts, count, writable=True))
             found.append(spans)
     return found

@@ -10,9 +10,10 @@ pytest.importorskip("numpy", "2.0")
 pytest.importorskip("triton")
 
 from ema_triton import launch, reference
+from tests.plans import run
 from tests.ptx.opcodes import ProgramError
 from tests.ptx.run import compiled_for
-from tests.ptx.test_launches import assert_same, layout, plans
+from tests.ptx.test_launches import assert_same, emas, layout
 
 FP32 = (torch.float32, torch.float32, "nearest")
 EXACT = (torch.bfloat16, torch.bfloat16, "exact")
@@ -21,34 +22,34 @@ MIXED = (torch.float16, torch.float32, "nearest")
 
 @pytest.mark.parametrize("case", [FP32, EXACT, MIXED], ids=str)
 def test_a_chunk_that_is_too_long(case: tuple) -> None:
-    plan, _ = plans(case, False, [layout(64), layout(16)])
-    (bucket,) = plan.buckets
-    bucket.chunk_table[-1, 2] += 2 * 8
+    ema, _ = emas(case, False, [layout(64), layout(16)])
+    (one,) = ema._plan.launches
+    one.chunk_table[-1, 2] += 2 * 8
     with (
         compiled_for(90),
         pytest.raises(ProgramError, match=r"after '.* 0', in: @%p\d+ (ld|st)\.global"),
     ):
-        launch.update(plan, 0.5)
+        run(launch, ema._plan, 0.5)
 
 
 def test_a_chunk_that_is_too_long_in_a_swap() -> None:
-    plan, _ = plans(FP32, False, [layout(64), layout(16)])
-    (bucket,) = plan.buckets
-    bucket.chunk_table[-1, 2] += 2 * 8
+    ema, _ = emas(FP32, False, [layout(64), layout(16)])
+    (one,) = ema._plan.launches
+    one.chunk_table[-1, 2] += 2 * 8
     with (
         compiled_for(90),
         pytest.raises(ProgramError, match=r"after '.* 0', in: @%p\d+ ld\.global"),
     ):
-        launch.exchange(bucket)
+        launch.exchange(one)
 
 
 @pytest.mark.parametrize("case", [FP32, EXACT, MIXED], ids=str)
 def test_a_misaligned_address_that_is_called_aligned(case: tuple) -> None:
-    plan, _ = plans(case, False, [layout(64, offset=1)])
-    (bucket,) = plan.buckets
-    bucket.chunk_table[:, 2] |= 1
+    ema, _ = emas(case, False, [layout(64, offset=1)])
+    (one,) = ema._plan.launches
+    one.chunk_table[:, 2] |= 1
     with compiled_for(90), pytest.raises(ProgramError, match="past a multiple of it, in: @%p"):
-        launch.update(plan, 0.5)
+        run(launch, ema._plan, 0.5)
 
 
 def ptx_of(case: tuple, arch: int) -> str:
@@ -60,7 +61,7 @@ def ptx_of(case: tuple, arch: int) -> str:
         return ptx
 
     with compiled_for(arch, note):
-        launch.update(plans(case, False, [layout(8)])[0], 0.3)
+        run(launch, emas(case, False, [layout(8)])[0]._plan, 0.3)
     return seen[0]
 
 
@@ -74,11 +75,11 @@ SOME = [layout(8), layout(1000), layout(2056), layout(33, offset=1), layout(600,
 
 
 def is_noticed(case: tuple, arch: int, code: str) -> bool:
-    compiled, expected = plans(case, False, SOME)
-    reference.update(expected, 0.3)
+    compiled, expected = emas(case, False, SOME)
+    run(reference, expected._plan, 0.3)
     try:
         with compiled_for(arch, lambda _: code):
-            launch.update(compiled, 0.3)
+            run(launch, compiled._plan, 0.3)
         assert_same(compiled, expected)
     except AssertionError:
         return True

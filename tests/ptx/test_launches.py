@@ -12,9 +12,9 @@ from torch import Tensor, nn
 pytest.importorskip("numpy", "2.0")
 pytest.importorskip("triton")
 
-from ema_triton import launch, reference
-from ema_triton.plan import Plan, make_plan
+from ema_triton import ModelEMA, launch, reference
 from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE
+from tests.plans import ema_of, run
 from tests.ptx.run import ARCHITECTURES, compiled_for
 from tests.strategies import KERNEL_DTYPES, MOMENTA, Layout, layouts
 
@@ -64,23 +64,22 @@ def module(dtype: torch.dtype, chosen: list[Layout], seed: int, largest: float |
     return found
 
 
-def plans(
+def emas(
     case: tuple[torch.dtype, torch.dtype, str],
     guarded: bool,
     chosen: list[Layout] = LAYOUTS,
     seed: int = 0,
     special: bool = True,
-) -> tuple[Plan, Plan]:
+) -> tuple[ModelEMA, ModelEMA]:
     """Two alike."""
     ema, online, precision = case
     largest = min(torch.finfo(ema).max, torch.finfo(online).max) if special else None
     made = [
-        make_plan(
+        ema_of(
             module(online, chosen, seed, largest),
             module(ema, chosen, seed + 1000, largest),
-            "copy",
-            precision=precision,
-            guarded=guarded,
+            precision,
+            nonfinite="skip" if guarded else "propagate",
         )
         for _ in range(2)
     ]
@@ -94,15 +93,15 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(BITS[tensor.element_size()])
 
 
-def assert_same(compiled: Plan, expected: Plan) -> None:
-    assert len(compiled.buckets) == len(expected.buckets)
-    assert compiled.nonfinite_counts() == expected.nonfinite_counts()
-    for ours, theirs in zip(compiled.buckets, expected.buckets, strict=True):
-        assert torch.equal(bits(ours.flat), bits(theirs.flat))
+def assert_same(compiled: ModelEMA, expected: ModelEMA) -> None:
+    assert len(compiled._plan.launches) == len(expected._plan.launches)
+    assert compiled._state.skip_counts() == expected._state.skip_counts()
+    for ours, theirs in zip(compiled._plan.launches, expected._plan.launches, strict=True):
+        assert torch.equal(bits(ours.bucket.flat), bits(theirs.bucket.flat))
         for one, other in zip(ours.sources, theirs.sources, strict=True):
             assert torch.equal(bits(one), bits(other))
-        if theirs.residual is not None:
-            assert torch.equal(bits(ours.residual), bits(theirs.residual))
+        if theirs.bucket.residual is not None:
+            assert torch.equal(bits(ours.bucket.residual), bits(theirs.bucket.residual))
 
 
 @pytest.mark.parametrize("guarded", [False, True])
@@ -112,27 +111,27 @@ def test_an_update_is_the_foreach_path_s(
     arch: int, case: tuple[torch.dtype, torch.dtype, str], guarded: bool
 ) -> None:
     for weight in WEIGHTS:
-        compiled, expected = plans(case, guarded)
+        compiled, expected = emas(case, guarded)
         # At the second there is a residual, and another random number.
         for _ in range(2 if weight == 0.3 else 1):
             with compiled_for(arch):
-                launch.update(compiled, weight)
-            reference.update(expected, weight)
+                run(launch, compiled._plan, weight)
+            run(reference, expected._plan, weight)
             assert_same(compiled, expected)
         if guarded:
-            assert sum(compiled.nonfinite_counts().values()) > 0
+            assert sum(compiled._state.skip_counts().values()) > 0
 
 
 @pytest.mark.parametrize("momentum", [0.0, 2e-4, 0.3, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("arch", EVERY)
 def test_fp32_is_torch_s_lerp(arch: int, momentum: float) -> None:
-    plan, _ = plans((torch.float32, torch.float32, "nearest"), guarded=False)
-    (bucket,) = plan.buckets
-    expected = [target.clone() for target in bucket.targets]
-    torch._foreach_lerp_(expected, bucket.sources, momentum)
+    plan = emas((torch.float32, torch.float32, "nearest"), guarded=False)[0]._plan
+    (one,) = plan.launches
+    expected = [target.clone() for target in one.targets]
+    torch._foreach_lerp_(expected, one.sources, momentum)
     with compiled_for(arch):
-        launch.update(plan, momentum)
-    for found, right, online in zip(bucket.targets, expected, bucket.sources, strict=True):
+        run(launch, plan, momentum)
+    for found, right, online in zip(one.targets, expected, one.sources, strict=True):
         # A copy, whatever was there; lerp makes NaN of what is not finite.
         assert torch.equal(bits(found), bits(online if momentum == 1 else right))
 
@@ -140,14 +139,14 @@ def test_fp32_is_torch_s_lerp(arch: int, momentum: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", EVERY)
 def test_a_swap_exchanges_all_bits(arch: int, dtype: torch.dtype) -> None:
-    (bucket,) = plans((dtype, dtype, "nearest"), guarded=False)[0].buckets
+    (one,) = emas((dtype, dtype, "nearest"), guarded=False)[0]._plan.launches
     before = [
         [tensor.clone().view(BITS[dtype.itemsize]) for tensor in side]
-        for side in (bucket.targets, bucket.sources)
+        for side in (one.targets, one.sources)
     ]
     with compiled_for(arch):
-        launch.exchange(bucket)
-    for side, others in zip((bucket.sources, bucket.targets), before, strict=True):
+        launch.exchange(one)
+    for side, others in zip((one.sources, one.targets), before, strict=True):
         for found, expected in zip(side, others, strict=True):
             assert torch.equal(found.view(BITS[dtype.itemsize]), expected)
 
@@ -172,11 +171,11 @@ def test_any_update_is_the_foreach_path_s(
     seed: int,
     special: bool,
 ) -> None:
-    compiled, expected = plans(case, guarded, chosen, seed, special)
+    compiled, expected = emas(case, guarded, chosen, seed, special)
     weight = torch.tensor(momentum) if as_tensor else momentum
     with compiled_for(arch):
-        launch.update(compiled, weight)
-    reference.update(expected, weight)
+        run(launch, compiled._plan, weight)
+    run(reference, expected._plan, weight)
     assert_same(compiled, expected)
 
 
@@ -188,8 +187,8 @@ def test_any_update_is_the_foreach_path_s(
 def test_any_swap_is_the_foreach_path_s(
     arch: int, dtype: torch.dtype, chosen: list[Layout]
 ) -> None:
-    compiled, expected = plans((dtype, dtype, "nearest"), False, chosen)
-    for ours, theirs in zip(compiled.buckets, expected.buckets, strict=True):
+    compiled, expected = emas((dtype, dtype, "nearest"), False, chosen)
+    for ours, theirs in zip(compiled._plan.launches, expected._plan.launches, strict=True):
         with compiled_for(arch):
             launch.exchange(ours)
         reference.exchange(theirs)
@@ -203,8 +202,8 @@ def test_nothing_was_left_out(arch: int) -> None:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     taken = set()
     for ema, online in product(dtypes, dtypes):
-        (bucket,) = plans((ema, online, "nearest"), False, [layout(8)])[0].buckets
+        (one,) = emas((ema, online, "nearest"), False, [layout(8)])[0]._plan.launches
         with compiled_for(arch):
-            if launch.obstacle(bucket) is None:
+            if launch.obstacle(one) is None:
                 taken.add((ema, online))
     assert taken == set(KERNEL_DTYPES)

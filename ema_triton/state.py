@@ -1,0 +1,376 @@
+"""The state of an EMA: what survives when tensors move, and all that is saved.
+
+The averaged values lie in flat buffers, one per bucket. Each tensor has a storage of its own over
+its part of the buffer: what tells tensors apart by their storage, as safetensors and accelerate do,
+sees as many as there are, and pickling writes each and no buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_triton import shards
+from ema_triton.pairs import REAL_DTYPE, Pair, Pairs, Slots, elements, slots_of
+from ema_triton.precision import RESIDUAL_DTYPE, as_real, join, pieces, split
+from ema_triton.schedules import Schedule
+
+# Elements in a chunk, the work of one Triton program.
+CHUNK = 8192
+
+# Elements that are converted at a time where tensors are laid out.
+PIECE = 1 << 20
+
+# Bytes. Each tensor of a bucket starts on such a boundary, as the widest memory access demands.
+ALIGNMENT = 16
+
+
+class Kind(NamedTuple):
+    """What the EMA tensors of one bucket have in common.
+
+    Complex tensors count as pairs of reals, of this dtype, but in buckets of their own.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    is_complex: bool
+    precision: str  # "nearest" for wider dtypes than bf16 and fp16, and for what is copied
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """One flat buffer with every EMA tensor of one kind.
+
+    Attributes:
+        kind: Of the tensors.
+        names: Of each, the first name.
+        flat: The buffer.
+        offsets: Where each tensor starts in it.
+        places: Its elements there, as reals, in the EMA tensor's shape.
+        residual: What an exact EMA keeps beside `flat`, laid out likewise.
+        residuals: Each tensor's part of it.
+        random_state: int64 [2], where rounding is stochastic: seed, and number of updates made.
+        skip_counts: int64, where non-finite values are skipped: one per chunk.
+    """
+
+    kind: Kind
+    names: list[str]
+    flat: Tensor
+    offsets: list[int]
+    places: list[Tensor]
+    residual: Tensor | None
+    residuals: list[Tensor]
+    random_state: Tensor | None
+    skip_counts: Tensor | None
+
+    @cached_property
+    def chunks(self) -> list[int]:
+        """How many chunks each tensor has."""
+        return [chunks_of(place.numel()) for place in self.places]
+
+    @cached_property
+    def first_chunks(self) -> list[int]:
+        """Each tensor's first chunk, by its number in the bucket."""
+        return [*accumulate(self.chunks, initial=0)][:-1]
+
+
+def chunks_of(count: int, size: int = CHUNK) -> int:
+    """How many chunks so many elements make."""
+    return -(-count // size)
+
+
+class EMAState:
+    """The averages by name, and what belongs to them.
+
+    Args:
+        holder: The EMA model; or without one, the slots of tensors that belong to the state alone.
+        precision: How bf16 and fp16 tensors are averaged: "exact", "stochastic" or "nearest".
+        seed: Of stochastic rounding.
+        guarded: Whether non-finite values are skipped, and counted.
+
+    Attributes:
+        module: The EMA model, if there is one.
+        buckets: The flat buffers.
+        residuals: What an exact EMA keeps beside its weights, by each of their names.
+        seed: Of stochastic rounding.
+        update_index: The number of updates made.
+        schedule: From the update index to the momentum, if there is one.
+    """
+
+    def __init__(
+        self, holder: nn.Module | Slots, *, precision: str, seed: int, guarded: bool
+    ) -> None:
+        self.module: nn.Module | None = None
+        self._own_slots: Slots | None = None
+        if isinstance(holder, nn.Module):
+            self.module = holder
+        else:
+            self._own_slots = holder
+        self.precision, self.guarded, self.seed = precision, guarded, seed
+        self.update_index = 0
+        self.schedule: Schedule | None = None
+        self.buckets: list[Bucket] = []
+        self.residuals: dict[str, Tensor] = {}
+        self._copied: list[Tensor] = []  # the EMA tensors of what is copied
+        self._order: list[str] = []  # of the averaged tensors in their buckets
+        self._rounded_updates = 0  # before the buckets were laid out
+        self._skipped: dict[str, int] = {}  # likewise, by name
+
+    def slots(self) -> Slots:
+        """Where the EMA's tensors live, now."""
+        if self._own_slots is not None:
+            return self._own_slots
+        assert self.module is not None
+        return slots_of(self.module)
+
+    def put_into(self, module: nn.Module) -> None:
+        """Have a module hold the tensors, which are in it already."""
+        self.module, self._own_slots = module, None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The EMA's parameters and persistent buffers by clean name, without autograd.
+
+        A sharded one is a `DTensor` around this rank's part; a tied one stands under each of its
+        names.
+        """
+        return {
+            name: shards.like(shards.local(whole.detach()), whole.detach())
+            for name, slot in self.slots().items()
+            if slot.persistent and (whole := slot.whole()) is not None
+        }
+
+    def residual_of(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What belongs beside this tensor of the EMA, as `join` takes it."""
+        residual, real = self.residuals.get(name), as_real(tensor)
+        if (
+            residual is None
+            or residual.dtype != RESIDUAL_DTYPE.get(real.dtype)
+            or residual.shape != real.shape
+        ):
+            return None  # another tensor has been put in its place
+        return residual
+
+    def owns(self) -> set[int]:
+        """Ids of the copied EMA tensors that are the state's, and nobody else's to write."""
+        return {id(tensor) for tensor in self._copied}
+
+    @property
+    def rounded_updates(self) -> int:
+        """How many updates were rounded stochastically; waits for the device."""
+        for bucket in self.buckets:
+            if bucket.random_state is not None:
+                return int(bucket.random_state[1])
+        return self._rounded_updates
+
+    def set_random_state(self, seed: int, updates: int) -> None:
+        """Have stochastic rounding go on from there."""
+        self.seed, self._rounded_updates = seed, updates
+        for bucket in self.buckets:
+            if bucket.random_state is not None:
+                bucket.random_state.copy_(self._random_state(bucket.names[0]))
+
+    def _random_state(self, first: str) -> Tensor:
+        """Of the bucket that begins with this tensor; no other one begins with it."""
+        seed = (self.seed + self._order.index(first)) % 2**63
+        return torch.tensor([seed, self._rounded_updates], device=torch.device("cpu"))
+
+    def skip_counts(self) -> dict[str, int]:
+        """How many values of each averaged tensor were skipped in all; waits for the device."""
+        counts = {**self._skipped}
+        for bucket in self.buckets:
+            if bucket.skip_counts is not None:
+                of_tensors = torch.split(bucket.skip_counts.cpu(), bucket.chunks)
+                for name, of_chunks in zip(bucket.names, of_tensors, strict=True):
+                    if name in counts:
+                        counts[name] += int(of_chunks.sum())
+        return counts
+
+    def lay_out(self, pairs: Pairs, ema_dtype: torch.dtype | None = None) -> None:
+        """Put the EMA tensors on the online tensors' devices, the averaged ones into buckets.
+
+        A bucket whose tensors are all in place stays. Nothing changes before the last check.
+
+        Args:
+            pairs: Of the online model and this state, of now.
+            ema_dtype: Cast the real floating EMA tensors to it; None leaves their dtypes.
+
+        Raises:
+            ValueError: A given sharded EMA model does not lie as the online one does.
+        """
+        if not self._order:
+            # Side by side what has one momentum, and small tensors first: the foreach backend
+            # gathers them. It is no matter of dtypes: a cast changes no random number.
+            pairs.averaged.sort(key=lambda pair: (str(pair.scale), pair.online.numel()))
+        order = dict.fromkeys([*self._order, *(pair.name for pair in pairs.averaged)])
+        number = {name: index for index, name in enumerate(order)}
+        self._order = [*order]
+
+        grouped: dict[tuple[Kind, str | None], list[Pair]] = {}
+        residuals: dict[str, Tensor] = {}
+        for pair in sorted(pairs.averaged, key=lambda pair: number[pair.name]):
+            kind = self._kind(pair, ema_dtype)
+            alone = pair.name if self._stays(pair, kind) else None
+            if pair.online.numel():
+                grouped.setdefault((kind, alone), []).append(pair)
+            elif kind.precision == "exact":
+                empty = as_real(pair.online).new_empty(
+                    as_real(pair.ema).shape, dtype=RESIDUAL_DTYPE[kind.dtype]
+                )
+                residuals |= dict.fromkeys(pair.names, empty)
+        counted, self._rounded_updates = self.skip_counts(), self.rounded_updates
+        # EMA tensors, and what their data becomes. Those in buckets keep all their digits until
+        # they are there: an exact one has more than its own dtype can hold.
+        moves: list[tuple[Tensor, Tensor]] = []
+        empty_ones = [pair for pair in pairs.averaged if not pair.online.numel()]
+        for pair in empty_ones + pairs.copied + pairs.kept:
+            dtype = ema_dtype if pair.ema.is_floating_point() else None
+            if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
+                moved = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
+                moves.append((pair.ema, moved))
+        buckets = [
+            self._in_place(kind, members) or self._laid(kind, members, alone is not None)
+            for (kind, alone), members in grouped.items()
+        ]
+        # From here on tensors change, and nothing fails.
+        for bucket, members in zip(buckets, grouped.values(), strict=True):
+            if bucket.skip_counts is not None:
+                bucket.skip_counts.zero_()
+            for index, (pair, place) in enumerate(zip(members, bucket.places, strict=True)):
+                if elements(as_real(pair.ema)) != elements(place):
+                    data = torch.view_as_complex(place) if bucket.kind.is_complex else place
+                    moves.append((pair.ema, data))
+                if bucket.residual is not None:
+                    residuals |= dict.fromkeys(pair.names, bucket.residuals[index])
+        for tensor, data in moves:
+            tensor.data = data
+        for pair in pairs.averaged + pairs.copied + pairs.kept:
+            for slot in pair.ema_slots:
+                slot.write(pair.ema, like=pair.online_slots[0].whole())
+        self.buckets, self.residuals = buckets, residuals
+        self._copied = [pair.ema for pair in pairs.copied]
+        self._skipped = {
+            pair.name: counted.get(pair.name, 0)
+            for pair in pairs.averaged
+            if pair.scale is not None
+        }
+
+    def _kind(self, pair: Pair, ema_dtype: torch.dtype | None) -> Kind:
+        is_complex = pair.ema.is_complex()
+        if ema_dtype is None or is_complex:
+            ema_dtype = REAL_DTYPE[pair.ema.dtype]
+        rounds = ema_dtype in RESIDUAL_DTYPE and pair.scale is not None
+        precision = self.precision if rounds else "nearest"
+        return Kind(pair.online.device, ema_dtype, is_complex, precision)
+
+    def _stays(self, pair: Pair, kind: Kind) -> bool:
+        """Whether the EMA tensor keeps its memory, which others read: a bucket of its own.
+
+        Of a sharded EMA model, FSDP2 gathers from where the parts are; and tensors in shared memory
+        are read by other processes.
+        """
+        ema, online = as_real(pair.ema), as_real(pair.online)
+        fits = (
+            (ema.device, ema.dtype) == (kind.device, kind.dtype)
+            and pair.dense
+            and ema.stride() == online.stride()
+        )
+        if self.module is not None and shards.is_sharded(pair.ema_slots[0].whole()):
+            if not fits:
+                raise ValueError(
+                    f"'{pair.name}' is {ema.dtype} on {ema.device} with strides {ema.stride()} in "
+                    f"the sharded EMA model, where {kind.dtype} on {kind.device} with the online "
+                    f"tensor's strides {online.stride()} is needed, and a sharded tensor stays as "
+                    "it is. Build the ema_model so before sharding it, or leave it out."
+                )
+            return True
+        return fits and ema.device.type == "cpu" and ema.is_shared()  # type: ignore[no-untyped-call]
+
+    def _in_place(self, kind: Kind, pairs: Sequence[Pair]) -> Bucket | None:
+        """The bucket in which all these EMA tensors lie already, with the strides to have."""
+        lie = [(elements(as_real(pair.ema)), _strides(pair)) for pair in pairs]
+        for bucket in self.buckets:
+            begin, size = bucket.flat.data_ptr(), bucket.flat.itemsize
+            if (
+                bucket.kind == kind
+                and bucket.names == [pair.name for pair in pairs]
+                and lie == [(elements(place), place.stride()) for place in bucket.places]
+                # Sharing memory with other processes moves a storage, with all that views it.
+                and [place.data_ptr() for place in bucket.places]
+                == [begin + offset * size for offset in bucket.offsets]
+            ):
+                return bucket
+        return None
+
+    def _laid(self, kind: Kind, pairs: Sequence[Pair], stays: bool) -> Bucket:
+        """A new bucket with the EMA tensors' values, which are still where they were."""
+        align = 1 if stays else ALIGNMENT // kind.dtype.itemsize
+        shapes = [as_real(pair.online).shape for pair in pairs]
+        strides = [_strides(pair) for pair in pairs]
+        padded = [-(-shape.numel() // align) * align for shape in shapes]
+        *offsets, total = accumulate(padded, initial=0)
+
+        def places_in(flat: Tensor) -> list[Tensor]:
+            laid = zip(shapes, strides, offsets, strict=True)
+            return [_place(flat, shape, stride, offset) for shape, stride, offset in laid]
+
+        if stays:
+            places = [as_real(pairs[0].ema)]
+            flat = places[0].as_strided((total,), (1,))
+        else:
+            flat = torch.zeros(total, dtype=kind.dtype, device=kind.device)
+            places = places_in(flat)
+        residual, residuals = None, list[Tensor]()
+        if kind.precision == "exact":
+            residual = torch.zeros_like(flat, dtype=RESIDUAL_DTYPE[kind.dtype])
+            residuals = places_in(residual)
+        for index, pair in enumerate(pairs):
+            known = None if pair.new else self.residual_of(pair.name, pair.ema)
+            weight = as_real(pair.online if pair.new else pair.ema)
+            if residual is not None:
+                old = weight if known is None else known.to(weight.device)
+                parts = weight, old, places[index], residuals[index]
+                for part, old_part, place, rest in pieces(*parts, size=PIECE):
+                    value = part.float() if known is None else join(part, old_part)
+                    split(value.to(kind.device, copy=True), place, rest)
+            elif not stays:
+                places[index].copy_(weight)
+        skip_counts = None
+        if self.guarded:
+            chunks = sum(chunks_of(shape.numel()) for shape in shapes)
+            skip_counts = torch.zeros(chunks, dtype=torch.int64, device=kind.device)
+        names = [pair.name for pair in pairs]
+        random_state = None
+        if kind.precision == "stochastic":
+            random_state = self._random_state(names[0]).to(kind.device)
+        return Bucket(
+            kind, names, flat, offsets, places, residual, residuals, random_state, skip_counts
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the buckets, whose tensors are the module's (or the slots') and the residuals."""
+        return {
+            **self.__dict__,
+            "buckets": [],
+            "_copied": [],
+            "_rounded_updates": self.rounded_updates,
+            "_skipped": self.skip_counts(),
+        }
+
+
+def _strides(pair: Pair) -> tuple[int, ...]:
+    """Those of the EMA tensor's reals: the online tensor's, where that has no gaps."""
+    real = as_real(pair.online)
+    return real.stride() if pair.dense else torch.empty(real.shape, device="meta").stride()
+
+
+def _place(flat: Tensor, shape: torch.Size, stride: Sequence[int], offset: int) -> Tensor:
+    """A tensor over a part of the buffer, with a storage of its own that keeps the buffer alive."""
+    begin = offset * flat.itemsize
+    storage = flat.untyped_storage()[begin : begin + shape.numel() * flat.itemsize]
+    return torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage, 0, shape, stride)
