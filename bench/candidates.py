@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ema_triton.kernels import chunk, join, lerp, narrow, split, widen
+from ema_triton.ops.kernels import chunk, join, lerp, narrow, split, widen
 
 
 @triton.jit

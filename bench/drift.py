@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench import report
 from bench.results import FOLDER
 from ema_triton import ModelEMA
-from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE, join
+from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, join
 
 BEGIN, END = "<!-- python -m bench drift -->", "<!-- end of the drift -->"
 

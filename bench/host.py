@@ -70,7 +70,7 @@ def measured(model: Model, device: torch.device, calls: int) -> dict[str, float]
             launch.backend.update(launch, MOMENTUM)
 
     parts: dict[str, Callable[[], object]] = {
-        "  looking whether a tensor moved": plan.watch.is_stale,
+        "  looking whether a tensor moved": plan.staleness.is_stale,
         "  copying what is not averaged": copies,
         f"  averaging ({ema.backend})": average,
         "  telling autograd of the write": plan.bump_versions,

@@ -20,9 +20,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ema_triton.kernels import ema_update, exchange
-from ema_triton.launch import BLOCK, EXACT_BLOCK, EXCHANGE_BLOCK, WARPS
-from ema_triton.precision import RESIDUAL_DTYPE, overflow
+from ema_triton.ops.kernels import ema_update, exchange
+from ema_triton.ops.precision import RESIDUAL_DTYPE, overflow
+from ema_triton.ops.triton_backend import BLOCK, EXACT_BLOCK, EXCHANGE_BLOCK, WARPS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 

@@ -22,7 +22,7 @@ from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line, momenta
 from bench.models import MODELS, Model, make_module
 from bench.results import AGAIN, FOLDER, LIMIT, Results, Row, Spread
-from ema_triton.precision import RESIDUAL_DTYPE
+from ema_triton.ops.precision import RESIDUAL_DTYPE
 
 
 class Case(NamedTuple):

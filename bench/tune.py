@@ -29,7 +29,8 @@ from bench.peers import ours_triton
 from bench.results import LIMIT, Lines, Spread
 from bench.run import CASES as RUN_CASES
 from bench.run import Case, add_resume, chosen_device, progress, selected, selected_models
-from ema_triton import ModelEMA, launch
+from ema_triton import ModelEMA
+from ema_triton.ops import triton_backend
 from ema_triton.plan import Launch
 from ema_triton.state import CHUNK
 
@@ -94,10 +95,10 @@ class Variant:
 def shipped(case: Case) -> Variant:
     """What `ema_triton.launch` does in this case."""
     exact = case.precision == "exact"
-    block = launch.EXACT_BLOCK if exact else launch.BLOCK[case.ema_dtype.itemsize]
+    block = triton_backend.EXACT_BLOCK if exact else triton_backend.BLOCK[case.ema_dtype.itemsize]
     # The kernel takes 4 elements at a time where types of different widths meet.
     mixed = not exact and case.ema_dtype.itemsize != case.online_dtype.itemsize
-    return Variant(CHUNK, block, launch.WARPS, None, "", "", 4 if mixed else 0)
+    return Variant(CHUNK, block, triton_backend.WARPS, None, "", "", 4 if mixed else 0)
 
 
 def variants(case: Case) -> list[Variant]:
@@ -195,7 +196,7 @@ def measured(online: nn.Module, case: Case, stopwatch: Stopwatch, piece: int) ->
         str(variant): partial(one.launch, one.table) for variant, one in prepared.items()
     }
     # The candidate does less than it, and may be compiled to other code.
-    updates[SHIPPED] = partial(launch._launch, one, MOMENTUM, len(one.chunk_table))
+    updates[SHIPPED] = partial(triton_backend._launch, one, MOMENTUM, len(one.chunk_table))
     elements = sum(source.numel() for source in one.sources)
     updates[LIMIT] = measure.copy_of(elements * case.moved, stopwatch.device)
     on_cuda = stopwatch.device.type == "cuda"
@@ -237,7 +238,7 @@ def _launch(one: Launch, variant: Variant, table: Tensor) -> None:
         one.bucket.residual,
         len(table),
         MOMENTUM,
-        ONLINE=launch._online(one),
+        ONLINE=triton_backend._online(one),
         PERSISTENT=variant.programs is not None,
         WIDTH=variant.width,
         ONLINE_HINT=variant.online_hint,
@@ -265,7 +266,7 @@ def check(one: Launch, prepared: list[Prepared], piece: int) -> None:
         ships, *rows = (table[(table[:, 1] >= begin) & (table[:, 1] < end)] for table in tables)
         part = replace(one)
         vars(part)["chunk_table"] = ships
-        launch._launch(part, MOMENTUM, len(ships))
+        triton_backend._launch(part, MOMENTUM, len(ships))
         expected = [tensor.clone() for tensor in stored]
         for way, own in zip(prepared, rows, strict=True):
             for tensor, value in zip(stored, before, strict=True):

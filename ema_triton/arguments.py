@@ -9,8 +9,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from ema_triton.models import unwrap
-from ema_triton.precision import PRECISIONS
+from ema_triton.modules import unwrap
+from ema_triton.ops.precision import PRECISIONS
 
 HANDLE_BUFFERS = ("copy", "update", "ema_train")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ema_triton import reference
+from ema_triton.ops import foreach_backend
 from ema_triton.plan import Launch, Plan
 
 BACKENDS = ("auto", "triton", "foreach")
@@ -27,7 +27,7 @@ def choose(requested: str, plan: Plan) -> None:
     """
     check_name(requested)
     for launch in plan.launches:
-        launch.backend = reference
+        launch.backend = foreach_backend
     plan.backend = "foreach"
     if requested == "foreach":
         plan.reason = "backend='foreach' was asked for"
@@ -62,7 +62,7 @@ def _obstacle(launches: Sequence[Launch], *, explicit: bool) -> str | None:
     Asked for explicitly, only the devices decide: a cast in mid-training is not an error.
     """
     try:
-        from ema_triton import launch as triton_backend
+        from ema_triton.ops import triton_backend
     except ImportError as error:
         return f"triton does not import ({error}); pip install triton"
     obstacles = [
@@ -84,7 +84,7 @@ def _obstacle(launches: Sequence[Launch], *, explicit: bool) -> str | None:
 
 def _take_triton(launches: Sequence[Launch]) -> list[str]:
     """Have Triton run what it can; what is left to foreach, and why."""
-    from ema_triton import launch as triton_backend
+    from ema_triton.ops import triton_backend
 
     left = []
     for launch in launches:

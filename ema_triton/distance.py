@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_triton import reference, shards
-from ema_triton.pairs import Pair
+from ema_triton.distributed import dtensor
+from ema_triton.ops import foreach_backend
+from ema_triton.ops.precision import join
+from ema_triton.pairing import Pair
 from ema_triton.plan import Launch
-from ema_triton.precision import join
 
 
 class Distance(NamedTuple):
@@ -55,7 +56,7 @@ def measure(pairs: list[Pair], launches: list[Launch]) -> Distance:
     for pair in pairs:
         whole = pair.online_slots[0].whole()
         if whole is not None and whole.numel():
-            by_layout.setdefault(shards.layout(whole), []).append(pair)
+            by_layout.setdefault(dtensor.sharding(whole), []).append(pair)
     rows: dict[str, list[float]] = {}
     for sharded_alike in by_layout.values():
         whole = sharded_alike[0].online_slots[0].whole()
@@ -63,7 +64,7 @@ def measure(pairs: list[Pair], launches: list[Launch]) -> Distance:
         of_parts = torch.tensor(
             [squares[name] for name in names], dtype=torch.float64, device="cpu"
         )
-        rows |= zip(names, shards.added_up(of_parts, whole).tolist(), strict=True)
+        rows |= zip(names, dtensor.sum_over_ranks(of_parts, whole).tolist(), strict=True)
     modules: dict[str, list[list[float]]] = {}
     for name, row in rows.items():
         module, dot, _ = name.partition(".")
@@ -80,9 +81,9 @@ def _norms(launch: Launch) -> Iterator[tuple[str, Tensor, Tensor]]:
     A tensor larger than the scratch comes in several parts, each with its norms.
     """
     bucket = launch.bucket
-    size = min(reference.SCRATCH, bucket.flat.numel())
+    size = min(foreach_backend.SCRATCH, bucket.flat.numel())
     scratch = bucket.flat.new_empty(size, dtype=torch.float64)
-    for stretch in reference.stretches(launch):
+    for stretch in foreach_backend.stretches(launch):
         begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()
         ema, online = bucket.flat[begin:end], scratch[: end - begin]
         if bucket.residual is not None:

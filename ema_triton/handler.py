@@ -34,13 +34,7 @@ except ImportError as error:
     ) from error
 
 from ema_triton.model_ema import ModelEMA
-from ema_triton.schedules import (
-    Constant,
-    LinearWarmup,
-    Schedule,
-    check_schedule,
-    momentum_from,
-)
+from ema_triton.schedules import Constant, LinearWarmup, Schedule, check_schedule, momentum_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,7 +13,7 @@ T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], object]
 
 
-class Deferred:
+class DeferSigint:
     """A context in which SIGINT is remembered, and handled on leaving.
 
     Outside the main thread, and where SIGINT has no handler in Python, it raises no exception, and
@@ -27,7 +27,7 @@ class Deferred:
         self.previous: Handler | None = None
         self._pending = False
 
-    def __enter__(self) -> Deferred:
+    def __enter__(self) -> DeferSigint:
         """Defer SIGINT."""
         previous = signal.getsignal(signal.SIGINT)
         if callable(previous) and threading.current_thread() is threading.main_thread():
@@ -66,7 +66,7 @@ class SwapContext(Generic[T]):
 
     def __enter__(self) -> T:
         """Begin."""
-        with Deferred() as deferred:
+        with DeferSigint() as deferred:
             value = self._begin()
             if deferred.previous is not None:
                 self._process = os.getpid()
@@ -76,14 +76,14 @@ class SwapContext(Generic[T]):
 
     def __exit__(self, *exception: object) -> None:
         """End, unless SIGINT did."""
-        with Deferred() as deferred:
+        with DeferSigint() as deferred:
             try:
                 self._end()
             finally:
                 if self in _entered:
                     _entered.remove(self)
                 # Contexts may be left in any order: this handler may be another one's previous.
-                holders: list[Deferred | SwapContext[Any]] = [deferred, *_entered]
+                holders: list[DeferSigint | SwapContext[Any]] = [deferred, *_entered]
                 for holder in holders:
                     if holder.previous == self._interrupted:
                         holder.previous = self.previous

@@ -20,30 +20,36 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from ema_triton import distance, files, ranks, reference, shards
+from ema_triton import distance
 from ema_triton.arguments import check_choices, check_holder, check_momentum
 from ema_triton.backend import check_name, choose
+from ema_triton.checkpoint import interop
+from ema_triton.checkpoint.state_dict import VERSION, Saved, load, read_weights, scatter_state
 from ema_triton.distance import Distance
-from ema_triton.groups import Groups
-from ema_triton.interrupts import Deferred, SwapContext
-from ema_triton.loading import load, spread_from_first, weights_from
-from ema_triton.models import check_model, copy_model, unwrap
-from ema_triton.pairs import (
-    Pairs,
+from ema_triton.distributed import collectives, dtensor
+from ema_triton.interrupts import DeferSigint, SwapContext
+from ema_triton.modules import (
     Slots,
     are_sharded,
-    check_groups,
-    check_tensors,
+    check_model,
+    copy_model,
     empty_slots,
+    slots_of,
+    unwrap,
+)
+from ema_triton.ops import foreach_backend
+from ema_triton.ops.precision import RESIDUAL_DTYPE
+from ema_triton.pairing import (
+    Pairs,
+    check_selection,
+    check_tensors,
     left_out,
     own_copy,
     pair_models,
-    slots_of,
 )
 from ema_triton.plan import Plan, make_plan
-from ema_triton.precision import RESIDUAL_DTYPE
-from ema_triton.saved import VERSION, Saved
 from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
+from ema_triton.selection import Selection
 from ema_triton.state import EMAState
 from ema_triton.swap import Swap
 
@@ -145,28 +151,28 @@ class ModelEMA:
         self.precision = precision
         self.nonfinite = nonfinite
         self._requested_backend = backend
-        self._groups = Groups.of(include, exclude, momentum_scale)
+        self._selection = Selection.of(include, exclude, momentum_scale)
         self._left_out: set[str] = set()
         self._following: RemovableHandle | None = None
         self._swap: Swap | None = None
         self._lock = threading.RLock()
-        self._plan = Plan.of_nothing()
+        self._plan = Plan.unknown()
         self._captured: list[Plan] = []
         self._warned = False
         if ema_model is not None:
             check_model(ema_model)
         online = slots_of(self.model)
         check_tensors(online)
-        check_groups(self._groups, online, handle_buffers)
+        check_selection(self._selection, online, handle_buffers)
         check_holder(self.model, ema_model, as_module, handle_buffers)
         if not as_module:
-            self._left_out = left_out(online, self._groups)
+            self._left_out = left_out(online, self._selection)
         holder: nn.Module | Slots
         if ema_model is not None:
             holder = unwrap(ema_model)
         else:
-            caches = handle_buffers == "update"
-            holder = empty_slots(online, self._left_out, caches=caches)
+            non_persistent = handle_buffers == "update"
+            holder = empty_slots(online, self._left_out, non_persistent=non_persistent)
         self._state = EMAState(holder, precision=precision, seed=seed, guarded=nonfinite == "skip")
         if ema_model is None:
             self._build(online, ema_dtype, as_module=as_module and not are_sharded(online))
@@ -254,7 +260,7 @@ class ModelEMA:
             ValueError: A tensor changed its shape or vanished.
             RuntimeError: The models' weights are swapped.
         """
-        with self._lock, Deferred(), torch.no_grad():
+        with self._lock, DeferSigint(), torch.no_grad():
             self._refuse_inside_swap("sync()")
             plan, online = self._current_plan()
             _copy_online(plan, online)
@@ -424,9 +430,9 @@ class ModelEMA:
             own = state.tensors()
             weights = own if self._swap is None else self._swap.outside(own)
             residuals = {
-                name: shards.like(residual, value)
+                name: dtensor.wrap_like(residual, value)
                 for name, value in own.items()
-                if (residual := state.residual_of(name, shards.local(value))) is not None
+                if (residual := state.residual_of(name, dtensor.local_part(value))) is not None
             }
             if clone and not full_state_dict:
                 weights, residuals = (
@@ -434,8 +440,11 @@ class ModelEMA:
                     for tensors in (weights, residuals)
                 )
             if full_state_dict:
-                weights, residuals = ranks.gathered(weights), ranks.gathered(residuals)
-                if not ranks.is_first():
+                weights, residuals = (
+                    collectives.gather_on_rank0(weights),
+                    collectives.gather_on_rank0(residuals),
+                )
+                if not collectives.is_rank0():
                     return {}
             stochastic = state.precision == "stochastic"
             return {
@@ -446,7 +455,9 @@ class ModelEMA:
                 "precision": state.precision,
                 "residuals": residuals,
                 "random_state": (
-                    {"seed": state.seed, "updates": state.rounded_updates} if stochastic else None
+                    {"seed": state.seed, "updates": state.stochastic_updates}
+                    if stochastic
+                    else None
                 ),
             }
 
@@ -475,7 +486,7 @@ class ModelEMA:
             with self._lock, torch.no_grad():
                 self._refuse_inside_swap(what)
                 self._reshard_ema()
-                self._load(spread_from_first(state, self._state), what)
+                self._load(scatter_state(state, self._state), what)
         else:
             self._load(Saved.of(state), what)
 
@@ -495,10 +506,12 @@ class ModelEMA:
         """
         with self._lock:
             if not are_sharded(self._state.slots()):
-                files.write_weights(path, self.state_dict()["weights"], self.update_index)
+                interop.write_safetensors(path, self.state_dict()["weights"], self.update_index)
                 return
             weights = self.state_dict(full_state_dict=True).get("weights", {})
-            ranks.from_first(lambda: files.write_weights(path, weights, self.update_index))
+            collectives.on_rank0(
+                lambda: interop.write_safetensors(path, weights, self.update_index)
+            )
 
     def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         """Load the weights that this or another library saved, and go on from there.
@@ -523,7 +536,7 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = weights_from(source, self._state)
+        found, remarks = read_weights(source, self._state)
         self._load(found, "load_weights()", remarks)
 
     def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> None:
@@ -531,7 +544,7 @@ class ModelEMA:
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
             self._current_plan()  # so that tensors which others put there are the state's again
-            with Deferred():
+            with DeferSigint():
                 lost = [*load(found, self._state), *remarks]
                 self._plan.bump_versions()
                 said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
@@ -564,7 +577,7 @@ class ModelEMA:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(
-            state, _lock=threading.RLock(), _plan=Plan.of_nothing(), _captured=[], _following=None
+            state, _lock=threading.RLock(), _plan=Plan.unknown(), _captured=[], _following=None
         )
 
     def _schedule_as_json(self) -> str | None:
@@ -617,7 +630,7 @@ class ModelEMA:
             if as_module:
                 held = self._state.slots().items()
                 tensors = {online[name].whole(): slot.whole() for name, slot in held}
-                self._state.put_into(copy_model(self.model, tensors))
+                self._state.move_into(copy_model(self.model, tensors))
 
     def _pairs(
         self, online: Slots, ema_dtype: torch.dtype | None = None, *, new: bool = False
@@ -626,7 +639,7 @@ class ModelEMA:
             online,
             self._state.slots(),
             self.handle_buffers,
-            groups=self._groups,
+            selection=self._selection,
             left_out=self._left_out,
             ema_dtype=ema_dtype,
             owned=self._state.owns(),
@@ -642,7 +655,7 @@ class ModelEMA:
         online = self._plan.online_copies()
         if online is None:
             # Perhaps a forward has only gathered the shards.
-            shards.reshard(self.model)
+            dtensor.reshard(self.model)
             self._reshard_ema()
             online = self._plan.online_copies()
         if online is None:
@@ -652,7 +665,7 @@ class ModelEMA:
 
     def _reshard_ema(self) -> None:
         if self._state.module is not None:
-            shards.reshard(self._state.module)
+            dtensor.reshard(self._state.module)
 
     def _make_plan(self, online: Slots, ema_dtype: torch.dtype | None = None) -> Plan:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -698,7 +711,7 @@ class ModelEMA:
                 and launch.kind.dtype in RESIDUAL_DTYPE
             ):
                 resolution = torch.finfo(launch.kind.dtype).eps
-                effective = launch.effective(momentum)
+                effective = launch.effective_momentum(momentum)
                 if launch.scale is not None and 0 < effective < resolution:
                     self._warned = True
                     warnings.warn(
@@ -714,7 +727,7 @@ def _copy_online(plan: Plan, online: list[Tensor]) -> None:
     """Copy all online tensors into the EMA, those that a plan copies at each update given."""
     plan.copies.write(online)
     for launch in plan.launches:
-        reference.copy(launch)
+        foreach_backend.copy(launch)
     for pair in plan.kept:
         current = pair.online_slots[0].read()
         if current is not None:

@@ -1,7 +1,7 @@
 """The plan of an update: an EMA's state and the addresses of the online tensors, as launches.
 
 The online tensors stay where they are and are addressed. A plan holds until a tensor of either
-model moves; its `Watch` notices. It is thrown away then, and nothing is lost with it.
+model moves; its `Staleness` notices. It is thrown away then, and nothing is lost with it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ema_triton.pairs import REAL_DTYPE, Pair, Pairs
-from ema_triton.precision import as_real
+from ema_triton.ops.precision import as_real
+from ema_triton.pairing import REAL_DTYPE, Pair, Pairs
+from ema_triton.staleness import Copies, Staleness
 from ema_triton.state import ALIGNMENT, CHUNK, Bucket, EMAState, Kind, chunks_of
-from ema_triton.watch import Copies, Watch
 
 
 class Backend(Protocol):
@@ -90,7 +90,7 @@ class Launch:
         """The bucket's, of all its chunks; None where nothing is skipped."""
         return None if self.scale is None else self.bucket.skip_counts
 
-    def effective(self, momentum: float | Tensor) -> float | Tensor:
+    def effective_momentum(self, momentum: float | Tensor) -> float | Tensor:
         """The momentum of these tensors; 1 copies, whatever their factor."""
         scale = self.scale
         if scale is None:
@@ -146,18 +146,18 @@ class Plan:
     kept: list[Pair]
     averaged: list[Pair]
     random_states: list[Tensor]
-    watch: Watch
+    staleness: Staleness
     backend: str = "foreach"
     reason: str = ""
 
     @classmethod
-    def of_nothing(cls) -> Plan:
+    def unknown(cls) -> Plan:
         """A stale one, for an EMA that has none yet."""
-        return cls([], Copies.of([]), [], [], [], Watch.of_nothing())
+        return cls([], Copies.of([]), [], [], [], Staleness.unknown())
 
     def online_copies(self) -> list[Tensor] | None:
         """The online tensors that are copied, as they are now; None if the plan is stale."""
-        return None if self.watch.is_stale() else self.copies.read()
+        return None if self.staleness.is_stale() else self.copies.read()
 
     def update(self, momentum: float | Tensor) -> None:
         """ema = lerp(ema, online, momentum) for every averaged tensor."""
@@ -197,7 +197,7 @@ def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
         kept=pairs.kept,
         averaged=pairs.averaged,
         random_states=[b.random_state for b in state.buckets if b.random_state is not None],
-        watch=Watch.over(model, state.module, pairs.averaged),
+        staleness=Staleness.over(model, state.module, pairs.averaged),
     )
 
 

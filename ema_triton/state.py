@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_triton import shards
-from ema_triton.pairs import REAL_DTYPE, Pair, Pairs, Slots, elements, slots_of
-from ema_triton.precision import RESIDUAL_DTYPE, as_real, join, pieces, split
+from ema_triton.distributed import dtensor
+from ema_triton.modules import Slots, slots_of
+from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join, pieces, split
+from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key
 from ema_triton.schedules import Schedule
 
 # Elements in a chunk, the work of one Triton program.
@@ -119,7 +120,7 @@ class EMAState:
         self.residuals: dict[str, Tensor] = {}
         self._copied: list[Tensor] = []  # the EMA tensors of what is copied
         self._order: list[str] = []  # of the averaged tensors in their buckets
-        self._rounded_updates = 0  # before the buckets were laid out
+        self._stochastic_updates = 0  # before the buckets were laid out
         self._skipped: dict[str, int] = {}  # likewise, by name
 
     def slots(self) -> Slots:
@@ -129,7 +130,7 @@ class EMAState:
         assert self.module is not None
         return slots_of(self.module)
 
-    def put_into(self, module: nn.Module) -> None:
+    def move_into(self, module: nn.Module) -> None:
         """Have a module hold the tensors, which are in it already."""
         self.module, self._own_slots = module, None
 
@@ -140,7 +141,7 @@ class EMAState:
         names.
         """
         return {
-            name: shards.like(shards.local(whole.detach()), whole.detach())
+            name: dtensor.wrap_like(dtensor.local_part(whole.detach()), whole.detach())
             for name, slot in self.slots().items()
             if slot.persistent and (whole := slot.whole()) is not None
         }
@@ -161,16 +162,16 @@ class EMAState:
         return {id(tensor) for tensor in self._copied}
 
     @property
-    def rounded_updates(self) -> int:
+    def stochastic_updates(self) -> int:
         """How many updates were rounded stochastically; waits for the device."""
         for bucket in self.buckets:
             if bucket.random_state is not None:
                 return int(bucket.random_state[1])
-        return self._rounded_updates
+        return self._stochastic_updates
 
     def set_random_state(self, seed: int, updates: int) -> None:
         """Have stochastic rounding go on from there."""
-        self.seed, self._rounded_updates = seed, updates
+        self.seed, self._stochastic_updates = seed, updates
         for bucket in self.buckets:
             if bucket.random_state is not None:
                 bucket.random_state.copy_(self._random_state(bucket.names[0]))
@@ -178,7 +179,7 @@ class EMAState:
     def _random_state(self, first: str) -> Tensor:
         """Of the bucket that begins with this tensor; no other one begins with it."""
         seed = (self.seed + self._order.index(first)) % 2**63
-        return torch.tensor([seed, self._rounded_updates], device=torch.device("cpu"))
+        return torch.tensor([seed, self._stochastic_updates], device=torch.device("cpu"))
 
     def skip_counts(self) -> dict[str, int]:
         """How many values of each averaged tensor were skipped in all; waits for the device."""
@@ -223,7 +224,7 @@ class EMAState:
                     as_real(pair.ema).shape, dtype=RESIDUAL_DTYPE[kind.dtype]
                 )
                 residuals |= dict.fromkeys(pair.names, empty)
-        counted, self._rounded_updates = self.skip_counts(), self.rounded_updates
+        counted, self._stochastic_updates = self.skip_counts(), self.stochastic_updates
         # EMA tensors, and what their data becomes. Those in buckets keep all their digits until
         # they are there: an exact one has more than its own dtype can hold.
         moves: list[tuple[Tensor, Tensor]] = []
@@ -242,7 +243,7 @@ class EMAState:
             if bucket.skip_counts is not None:
                 bucket.skip_counts.zero_()
             for index, (pair, place) in enumerate(zip(members, bucket.places, strict=True)):
-                if elements(as_real(pair.ema)) != elements(place):
+                if memory_key(as_real(pair.ema)) != memory_key(place):
                     data = torch.view_as_complex(place) if bucket.kind.is_complex else place
                     moves.append((pair.ema, data))
                 if bucket.residual is not None:
@@ -280,7 +281,7 @@ class EMAState:
             and pair.dense
             and ema.stride() == online.stride()
         )
-        if self.module is not None and shards.is_sharded(pair.ema_slots[0].whole()):
+        if self.module is not None and dtensor.is_sharded(pair.ema_slots[0].whole()):
             if not fits:
                 raise ValueError(
                     f"'{pair.name}' is {ema.dtype} on {ema.device} with strides {ema.stride()} in "
@@ -293,13 +294,13 @@ class EMAState:
 
     def _in_place(self, kind: Kind, pairs: Sequence[Pair]) -> Bucket | None:
         """The bucket in which all these EMA tensors lie already, with the strides to have."""
-        lie = [(elements(as_real(pair.ema)), _strides(pair)) for pair in pairs]
+        lie = [(memory_key(as_real(pair.ema)), _strides(pair)) for pair in pairs]
         for bucket in self.buckets:
             begin, size = bucket.flat.data_ptr(), bucket.flat.itemsize
             if (
                 bucket.kind == kind
                 and bucket.names == [pair.name for pair in pairs]
-                and lie == [(elements(place), place.stride()) for place in bucket.places]
+                and lie == [(memory_key(place), place.stride()) for place in bucket.places]
                 # Sharing memory with other processes moves a storage, with all that views it.
                 and [place.data_ptr() for place in bucket.places]
                 == [begin + offset * size for offset in bucket.offsets]
@@ -358,7 +359,7 @@ class EMAState:
             **self.__dict__,
             "buckets": [],
             "_copied": [],
-            "_rounded_updates": self.rounded_updates,
+            "_stochastic_updates": self.stochastic_updates,
             "_skipped": self.skip_counts(),
         }
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_triton import shards
-from ema_triton.pairs import listed
-from ema_triton.places import Place
+from ema_triton.distributed import dtensor
+from ema_triton.pairing import memory_key, quoted
 from ema_triton.plan import Launch, Plan
 
 
@@ -53,13 +52,13 @@ class Swap:
         self._pairs = plan.averaged
         self._moved = [pair for pair in self._pairs if pair.name in names]
         self._places = [
-            Place(slot.owner, slot.key, whole)
+            Snapshot(slot.owner, slot.key, whole)
             for pair in self._pairs
             for slot in (*pair.online_slots, *pair.ema_slots)
             if (whole := slot.whole()) is not None
         ]
         self._copies = [
-            Place(owner, key, owner[key])
+            Snapshot(owner, key, owner[key])
             for owner, key in zip(plan.copies.owners, plan.copies.keys, strict=True)
         ]
         self._versions: list[int] = []
@@ -67,7 +66,7 @@ class Swap:
 
     def enter(self) -> None:
         """Put the EMA's values into the online model; if that fails, it has its own again."""
-        shards.reshard(*self._models)
+        dtensor.reshard(*self._models)
         self._waiting = [tensor.detach().clone() for tensor, _ in self._aside]
         try:
             with torch.no_grad():
@@ -89,23 +88,23 @@ class Swap:
     def leave(self) -> None:
         """Put both sides' values back, whatever became of the tensors meanwhile; warn of writes."""
         self._warning.remove()
-        shards.reshard(*self._models)  # what was gathered is the EMA's
+        dtensor.reshard(*self._models)  # what was gathered is the EMA's
         versions = self._current_versions()
         written = {
             id(place.part)
             for place, before, now in zip(self._places, self._versions, versions, strict=True)
             if before != now
         }
-        replaced = [place.put_back() for place in self._places]
+        replaced = [place.restore() for place in self._places]
         for place in self._copies:
-            place.put_back()
+            place.restore()
         self._restore()
         self._tell()
         touched = [p for p in self._pairs if {id(p.online), id(p.ema)} & written]
         if touched or any(replaced):
             what = [pair.name for pair in touched] or ["a tensor"]
             warnings.warn(
-                f"{listed(what)} was written, or replaced, while the models' weights were swapped "
+                f"{quoted(what)} was written, or replaced, while the models' weights were swapped "
                 "(by an optimizer's step, a load_state_dict, a cast?). What was written into the "
                 "online model went into the EMA's values, and what was replaced is as before. "
                 "Leave the swap before training on.",
@@ -117,7 +116,7 @@ class Swap:
         """The EMA model's weights, some of whose values are in the online model now."""
         online = {name: pair.online.detach() for pair in self._moved for name in pair.names}
         return {
-            name: shards.like(online[name], value) if name in online else value
+            name: dtensor.wrap_like(online[name], value) if name in online else value
             for name, value in weights.items()
         }
 
@@ -147,14 +146,14 @@ class Swap:
             [
                 tensor
                 for pair in self._moved
-                for tensor in shards.counters(pair.online_slots[0].whole())
+                for tensor in dtensor.version_owners(pair.online_slots[0].whole())
                 if not tensor.is_inference()
             ]
         )
         self._plan.bump_versions()
 
     def _current_versions(self) -> list[int]:
-        return [shards.version(place.tensor) for place in self._places]
+        return [dtensor.version(place.tensor) for place in self._places]
 
 
 def _overlapping(launches: Iterable[Launch]) -> list[Launch]:
@@ -202,3 +201,25 @@ def _warn_of_ema_values(module: nn.Module, prefix: str, keep_vars: bool) -> None
         UserWarning,
         stacklevel=3,
     )
+
+
+class Snapshot:
+    """A slot, the tensor in it, and that tensor's memory; `part` is what of it is on this rank."""
+
+    def __init__(self, owner: dict[str, Tensor | None], key: str, tensor: Tensor) -> None:
+        self.owner, self.key, self.tensor = owner, key, tensor
+        self.part: Tensor = dtensor.local_part(tensor)
+        self._data = self.part.detach()
+
+    def restore(self) -> bool:
+        """Whether another tensor, or other memory, was there."""
+        found = self.owner.get(self.key) is not self.tensor
+        if found:
+            self.owner[self.key] = self.tensor
+        if dtensor.local_part(self.tensor) is not self.part:
+            self.tensor._local_tensor = self.part  # type: ignore[attr-defined]
+            found = True
+        if memory_key(self.part) != memory_key(self._data):
+            self.part.data = self._data
+            found = True
+        return found

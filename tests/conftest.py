@@ -42,20 +42,21 @@ def _kernels() -> Iterator[Callable[[torch.device], str | None] | None]:
     if GPU or find_spec("triton") is None:
         yield None
         return
-    from ema_triton import backend, launch
+    from ema_triton import backend
+    from ema_triton.ops import triton_backend
     from ema_triton.plan import Launch
     from tests.ptx.run import compiled_for
 
-    device_obstacle, decide = launch.device_obstacle, backend._obstacle
+    device_obstacle, decide = triton_backend.device_obstacle, backend._obstacle
 
     def decide_here(launches: Sequence[Launch], *, explicit: bool) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
-            if not explicit and launch.device_obstacle is stand_in:
-                patch.setattr(launch, "device_obstacle", device_obstacle)
+            if not explicit and triton_backend.device_obstacle is stand_in:
+                patch.setattr(triton_backend, "device_obstacle", device_obstacle)
             return decide(launches, explicit=explicit)
 
     with compiled_for(90), pytest.MonkeyPatch.context() as patch:
-        stand_in = launch.device_obstacle
+        stand_in = triton_backend.device_obstacle
         patch.setattr(backend, "_obstacle", decide_here)
         yield device_obstacle
 
@@ -66,7 +67,7 @@ def no_cpu(
 ) -> None:
     """Triton does not drive the CPU, as outside of these tests."""
     if _kernels is not None:
-        monkeypatch.setattr("ema_triton.launch.device_obstacle", _kernels)
+        monkeypatch.setattr("ema_triton.ops.triton_backend.device_obstacle", _kernels)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in LOW else tensor.clone()
 
 
-def has_fractions(tensor: Tensor) -> bool:
+def is_averageable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -38,7 +38,7 @@ class PlainEMA:
 
     def update(self, momentum: float) -> None:
         for name, online in self.model.state_dict().items():
-            if name in self.averaged and has_fractions(online):
+            if name in self.averaged and is_averageable(online):
                 ema = as_real(self.values[name])
                 torch._foreach_lerp_([ema], [as_real(wide(online)).to(ema.dtype)], momentum)
             else:
@@ -78,7 +78,7 @@ def move(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
     tensors = sorted((*model.named_parameters(), *model.named_buffers()), key=lambda item: item[0])
     for _, tensor in tensors:
-        if has_fractions(tensor):
+        if is_averageable(tensor):
             part = as_real(tensor)
             part.add_(torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part))
         elif tensor.dtype != torch.bool:

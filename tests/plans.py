@@ -4,7 +4,8 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from ema_triton import ModelEMA, reference
+from ema_triton import ModelEMA
+from ema_triton.ops import foreach_backend
 from ema_triton.plan import Plan
 
 
@@ -19,6 +20,6 @@ def plan_of(model: nn.Module, twin: nn.Module, precision: str = "nearest", **opt
 def run(backend: ModuleType, plan: Plan, momentum: float | Tensor) -> None:
     """An update by this backend, as far as it can."""
     for launch in plan.launches:
-        able = backend is reference or backend.obstacle(launch) is None
-        launch.backend = backend if able else reference
+        able = backend is foreach_backend or backend.obstacle(launch) is None
+        launch.backend = backend if able else foreach_backend
     plan.update(momentum)

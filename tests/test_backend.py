@@ -41,14 +41,14 @@ def test_triton_where_it_cannot_run_is_an_error() -> None:
 
 
 def test_auto_falls_back_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = pytest.importorskip("ema_triton.launch")
+    triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
 
     def fail(plan: object) -> None:
         raise OSError("no C compiler")
 
-    monkeypatch.setattr(launch, "prepare", fail)
-    monkeypatch.setattr(launch, "obstacle", lambda bucket: None)
-    monkeypatch.setattr(launch, "device_obstacle", lambda device: None)
+    monkeypatch.setattr(triton_backend, "prepare", fail)
+    monkeypatch.setattr(triton_backend, "obstacle", lambda bucket: None)
+    monkeypatch.setattr(triton_backend, "device_obstacle", lambda device: None)
     ema = ModelEMA(nn.Linear(2, 2))
     assert ema.backend == "foreach"
     assert "Triton cannot compile for this device (OSError: no C compiler)" in ema.backend_reason

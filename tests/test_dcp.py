@@ -13,7 +13,7 @@ pytest.importorskip("ignite")
 from ignite.engine import Engine
 
 from ema_triton import CountWarmup, EMAHandler, HalfLife, LinearWarmup, ModelEMA
-from ema_triton.shards import local
+from ema_triton.distributed.dtensor import local_part
 from tests.ranks import run
 from tests.test_sharded import (
     Net,
@@ -228,7 +228,7 @@ def _rounds_on(build, folder):
         change(model, step)
         other.update(0.1)
     assert_same(_full(other), _full(ema))
-    return {name: local(value).float() for name, value in ema.state_dict()["weights"].items()}
+    return {name: local_part(value).float() for name, value in ema.state_dict()["weights"].items()}
 
 
 @pytest.mark.parametrize("build", [of_bfloat16, plain_bfloat16])

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ema_triton import ModelEMA, reference
+from ema_triton import ModelEMA
 from ema_triton.distance import Distance
+from ema_triton.ops import foreach_backend
 from tests.strategies import REFERENCE_DTYPES, Layout, layouts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,9 +86,9 @@ def test_it_is_what_exact_sums_are(
     mine = [x.tensor(kinds[0], DEVICE, seed - i, None) for i, (x, kinds) in enumerate(cases, 1)]
     ema = ModelEMA(parameters(online), ema_model=parameters(mine), precision=precision)
     ema.update(0.25)
-    for size in (reference.SCRATCH, 7):  # at once, and in many parts
+    for size in (foreach_backend.SCRATCH, 7):  # at once, and in many parts
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "SCRATCH", size)
+            patch.setattr(foreach_backend, "SCRATCH", size)
             found = ema.distance()
         assert_distance(found, pairs_of(ema))
         assert found.modules.keys() == ({""} if any(map(Tensor.numel, online)) else set())
@@ -270,7 +271,7 @@ def test_its_memory_is_bounded_by_a_chunk(
     ema_dtype: torch.dtype, online_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1024 doubles; beside it, two results for each tensor, or part of one."""
-    monkeypatch.setattr(reference, "SCRATCH", 1024)
+    monkeypatch.setattr(foreach_backend, "SCRATCH", 1024)
     gaps = Layout((64, 64), (0, 1), 0, 1)
     models = {
         "small": [torch.ones(1024, dtype=online_dtype, device=DEVICE)],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema_triton import ModelEMA
-from ema_triton.precision import join
+from ema_triton.ops.precision import join
 
 
 def averaged(model: nn.Module, **options: object) -> tuple[ModelEMA, ModelEMA]:

@@ -19,7 +19,7 @@ pytest.importorskip("safetensors")
 import safetensors.torch
 
 from ema_triton import ModelEMA
-from ema_triton.files import read, write_weights
+from ema_triton.checkpoint.interop import read_file, write_safetensors
 
 BUFFER = torch.arange(24.0)
 MATRIX = torch.arange(6.0).reshape(2, 3)
@@ -91,8 +91,8 @@ def bytes_of(tensor: Tensor) -> bytes:
 @pytest.mark.parametrize("kind", TENSORS)
 def test_what_is_written_is_read(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "weights"
-    write_weights(path, TENSORS[kind], 7)
-    state = read(path)
+    write_safetensors(path, TENSORS[kind], 7)
+    state = read_file(path)
     assert_same(state, TENSORS[kind])
     assert metadata_of(path) == {"update_index": "7", "format": "pt"}
     assert [*tmp_path.iterdir()] == [path]
@@ -107,8 +107,8 @@ def metadata_of(path: Path) -> dict[str, str]:
 @pytest.mark.gpu
 def test_tensors_on_a_gpu(tmp_path: Path) -> None:
     tied = BUFFER.cuda()
-    write_weights(tmp_path / "w", {"a": tied, "b": tied, "c": tied[2:4]}, 0)
-    assert_same(read(tmp_path / "w"), {"a": BUFFER, "b": BUFFER, "c": BUFFER[2:4]})
+    write_safetensors(tmp_path / "w", {"a": tied, "b": tied, "c": tied[2:4]}, 0)
+    assert_same(read_file(tmp_path / "w"), {"a": BUFFER, "b": BUFFER, "c": BUFFER[2:4]})
 
 
 class Tied(nn.Module):
@@ -122,9 +122,9 @@ class Tied(nn.Module):
 
 def test_tied_weights_are_written_once_as_safetensors_does(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
-    write_weights(tmp_path / "ours", model.state_dict(), 3)
+    write_safetensors(tmp_path / "ours", model.state_dict(), 3)
     assert (tmp_path / "ours").stat().st_size < 16 * 17 * 4 + 600
-    state = read(tmp_path / "ours")
+    state = read_file(tmp_path / "ours")
     assert_same(state, model.state_dict())
     assert state["a.weight"] is state["z.weight"]
     safetensors.torch.load_model(other, tmp_path / "ours")
@@ -137,12 +137,12 @@ def test_tied_weights_are_written_once_as_safetensors_does(tmp_path: Path) -> No
     ):
         assert ours.keys() == theirs.keys()
         assert ours.metadata() == theirs.metadata()
-    assert_same(read(tmp_path / "theirs"), model.state_dict())
+    assert_same(read_file(tmp_path / "theirs"), model.state_dict())
 
 
 def test_tensors_without_elements_are_not_tied(tmp_path: Path) -> None:
     empty = torch.empty(0)
-    write_weights(tmp_path / "w", {"a": empty, "b": empty}, 0)
+    write_safetensors(tmp_path / "w", {"a": empty, "b": empty}, 0)
     assert safetensors.torch.load_file(tmp_path / "w").keys() == {"a", "b"}
 
 
@@ -150,17 +150,17 @@ def test_tensors_without_elements_are_not_tied(tmp_path: Path) -> None:
 def test_the_other_metadata_is_no_tied_name(name: str, tmp_path: Path) -> None:
     told = {"format": "pt", "update_index": "3"}
     safetensors.torch.save_file({name: torch.ones(2)}, tmp_path / "w", told)
-    assert_same(read(tmp_path / "w"), {name: torch.ones(2)})
-    write_weights(tmp_path / "w", {name: torch.ones(2)}, 3)
+    assert_same(read_file(tmp_path / "w"), {name: torch.ones(2)})
+    write_safetensors(tmp_path / "w", {name: torch.ones(2)}, 3)
     assert metadata_of(tmp_path / "w") == told
-    assert_same(read(tmp_path / "w"), {name: torch.ones(2)})
+    assert_same(read_file(tmp_path / "w"), {name: torch.ones(2)})
 
 
 @pytest.mark.parametrize("name", ["format", "update_index"])
 def test_a_tied_tensor_named_as_other_metadata_is_written_again(name: str, tmp_path: Path) -> None:
     one = torch.ones(2)
-    write_weights(tmp_path / "w", {"a": one, name: one, "z": one}, 3)
-    assert_same(read(tmp_path / "w"), {"a": one, name: one, "z": one})
+    write_safetensors(tmp_path / "w", {"a": one, name: one, "z": one}, 3)
+    assert_same(read_file(tmp_path / "w"), {"a": one, name: one, "z": one})
     assert metadata_of(tmp_path / "w") == {"format": "pt", "update_index": "3", "z": "a"}
     assert safetensors.torch.load_file(tmp_path / "w").keys() == {"a", name}
 
@@ -179,7 +179,7 @@ def test_tensors_that_cannot_be_written(reason: str, tmp_path: Path) -> None:
     path = tmp_path / "w"
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match=f"'w' cannot be written as safetensors.*{reason}") as info:
-        write_weights(path, {"a": torch.ones(1), "w": REFUSED[reason]}, 0)
+        write_safetensors(path, {"a": torch.ones(1), "w": REFUSED[reason]}, 0)
     assert "Nothing was written. Leave it out or convert it" in str(info.value)
     assert info.value.__cause__ is not None
     assert [*tmp_path.iterdir()] == [path]
@@ -196,7 +196,7 @@ def test_what_only_looks_dense_cannot_be_written(tmp_path: Path) -> None:
         *(half, half[:0], half.conj()),
     ):
         with pytest.raises(ValueError, match="'w' cannot be written as safetensors"):
-            write_weights(tmp_path / "w", {"w": tensor}, 0)
+            write_safetensors(tmp_path / "w", {"w": tensor}, 0)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -228,16 +228,16 @@ def test_a_write_that_fails_leaves_what_was(
     path = tmp_path / "w"
     before = {"w": torch.zeros(3)}
     if old:
-        write_weights(path, before, 0)
+        write_safetensors(path, before, 0)
     with monkeypatch.context() as patch:
         FAILURES[failure](patch)
         with pytest.raises(Broken):
-            write_weights(path, {"w": torch.ones(3)}, 0)
+            write_safetensors(path, {"w": torch.ones(3)}, 0)
     assert [*tmp_path.iterdir()] == ([path] if old else [])
     if old:
-        assert_same(read(path), before)
-    write_weights(path, {"w": torch.ones(3)}, 0)
-    assert_same(read(path), {"w": torch.ones(3)})
+        assert_same(read_file(path), before)
+    write_safetensors(path, {"w": torch.ones(3)}, 0)
+    assert_same(read_file(path), {"w": torch.ones(3)})
 
 
 def test_the_new_file_is_complete_when_it_gets_its_name(
@@ -247,29 +247,29 @@ def test_the_new_file_is_complete_when_it_gets_its_name(
     replace, fsync = os.replace, os.fsync
 
     def checked(new: str, target: str) -> None:
-        assert_same(read(new), {"w": torch.ones(3)})
+        assert_same(read_file(new), {"w": torch.ones(3)})
         assert os.path.dirname(new) == str(tmp_path)
         steps.append("replace")
         replace(new, target)
 
     monkeypatch.setattr("os.fsync", lambda number: (steps.append("fsync"), fsync(number)))
     monkeypatch.setattr("os.replace", checked)
-    write_weights(tmp_path / "w", {"w": torch.ones(3)}, 0)
+    write_safetensors(tmp_path / "w", {"w": torch.ones(3)}, 0)
     assert steps == ["fsync", "replace"]
 
 
 def test_a_folder_or_a_missing_one_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
-        write_weights(tmp_path / "folder", {"w": torch.ones(1)}, 0)
+        write_safetensors(tmp_path / "folder", {"w": torch.ones(1)}, 0)
     with pytest.raises(FileNotFoundError):
-        write_weights(tmp_path / "missing" / "w", {"w": torch.ones(1)}, 0)
+        write_safetensors(tmp_path / "missing" / "w", {"w": torch.ones(1)}, 0)
     assert [*tmp_path.rglob("*")] == [tmp_path / "folder"]
 
 
 def test_others_may_read_the_file_as_they_may_any_other(tmp_path: Path) -> None:
     (tmp_path / "any").touch()
-    write_weights(tmp_path / "w", {"w": torch.ones(1)}, 0)
+    write_safetensors(tmp_path / "w", {"w": torch.ones(1)}, 0)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("any", "w")]
     assert modes[0] == modes[1]
 
@@ -278,39 +278,42 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "w")
     for _ in range(2):
-        write_weights(tmp_path / "link", {"w": torch.ones(1)}, 0)
+        write_safetensors(tmp_path / "link", {"w": torch.ones(1)}, 0)
         assert (tmp_path / "link").is_symlink()
-        assert_same(read(tmp_path / "folder" / "w"), {"w": torch.ones(1)})
+        assert_same(read_file(tmp_path / "folder" / "w"), {"w": torch.ones(1)})
 
 
 def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_weights(tmp_path / "w", {"w": torch.ones(1)}, 0)
+    write_safetensors(tmp_path / "w", {"w": torch.ones(1)}, 0)
     torch.save({"w": torch.ones(1)}, tmp_path / "t")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for use in (lambda: write_weights(tmp_path / "w", {}, 0), lambda: read(tmp_path / "w")):
+    for use in (
+        lambda: write_safetensors(tmp_path / "w", {}, 0),
+        lambda: read_file(tmp_path / "w"),
+    ):
         with pytest.raises(ImportError, match="pip install safetensors"):
             use()
-    assert_same(read(tmp_path / "t"), {"w": torch.ones(1)})
+    assert_same(read_file(tmp_path / "t"), {"w": torch.ones(1)})
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt", ""])
 def test_files_are_told_by_their_content(ending: str, tmp_path: Path) -> None:
     weights = {"w": torch.randn(3), "n": torch.tensor(4)}
     path = tmp_path / f"weights.{ending}"
-    write_weights(path, weights, 0)
-    assert_same(read(path), weights)
+    write_safetensors(path, weights, 0)
+    assert_same(read_file(path), weights)
     safetensors.torch.save_file(weights, path)
-    assert_same(read(str(path)), weights)
+    assert_same(read_file(str(path)), weights)
     for new_format in (True, False):
         torch.save({"nested": weights, "n": 3}, path, _use_new_zipfile_serialization=new_format)
-        state = read(path)
+        state = read_file(path)
         assert state["n"] == 3
         assert_same(state["nested"], weights)
 
 
 def test_what_is_read_does_not_hang_on_the_file(tmp_path: Path) -> None:
-    write_weights(tmp_path / "w", {"w": torch.ones(9999)}, 0)
-    state = read(tmp_path / "w")
+    write_safetensors(tmp_path / "w", {"w": torch.ones(9999)}, 0)
+    state = read_file(tmp_path / "w")
     with open(tmp_path / "w", "rb+") as file:
         file.write(b"\0" * file.seek(0, os.SEEK_END))
         file.truncate(0)
@@ -321,10 +324,10 @@ def test_arguments_of_a_training_script_are_read(tmp_path: Path) -> None:
     """And whether the user allows them elsewhere is left as it was."""
     arguments = argparse.Namespace(model="m", lr=0.1)
     torch.save({"args": arguments}, tmp_path / "w")
-    assert read(tmp_path / "w") == {"args": arguments}
+    assert read_file(tmp_path / "w") == {"args": arguments}
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([argparse.Namespace]):
-        assert read(tmp_path / "w") == {"args": arguments}
+        assert read_file(tmp_path / "w") == {"args": arguments}
         assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
@@ -397,11 +400,11 @@ def test_what_is_readable_is_loaded(tmp_path: Path) -> None:
 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
-        read(tmp_path)
+        read_file(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing"):
-        read(tmp_path / "missing")
+        read_file(tmp_path / "missing")
     with pytest.raises(TypeError):
-        read(0)
+        read_file(0)
 
 
 def test_running_out_of_memory_is_no_damage(
@@ -413,4 +416,4 @@ def test_running_out_of_memory_is_no_damage(
             "torch.load", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
         )
         with pytest.raises(error):
-            read(tmp_path / "w")
+            read_file(tmp_path / "w")

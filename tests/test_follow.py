@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.schedules import (
-    Constant,
-    CosineRamp,
-    Delayed,
-    InverseDecay,
-    LinearWarmup,
-    Schedule,
-)
+from ema_triton.schedules import Constant, CosineRamp, Delayed, InverseDecay, LinearWarmup, Schedule
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),

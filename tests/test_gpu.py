@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench import measure
 from ema_triton import ModelEMA
-from ema_triton.precision import PRECISIONS, join
+from ema_triton.ops.precision import PRECISIONS, join
 from tests import oracle
 from tests.plans import plan_of, run
 from tests.strategies import KERNEL_DTYPES, Layout
@@ -46,7 +46,7 @@ def launched(update: Callable[[], object]) -> list[str]:
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_fp32_equals_foreach_lerp_bit_by_bit(momentum: float, offset: int) -> None:
-    launch = pytest.importorskip("ema_triton.launch")
+    triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
     cuda = torch.device("cuda")
     layouts = [Layout(shape, tuple(range(len(shape))), offset, 0) for shape in SHAPES]
     largest = torch.finfo(torch.float32).max
@@ -58,7 +58,7 @@ def test_fp32_equals_foreach_lerp_bit_by_bit(momentum: float, offset: int) -> No
     twin = nn.ParameterList([tensor.clone() for tensor in ema])
     for parameter, tensor in zip(model, online, strict=True):
         parameter.data = tensor
-    run(launch, plan_of(model, twin), momentum)
+    run(triton_backend, plan_of(model, twin), momentum)
     if momentum == 1:  # where torch's makes NaN of what is not finite in the EMA
         ema = [tensor.clone() for tensor in online]
     else:
@@ -451,14 +451,14 @@ def test_a_compiled_training_step() -> None:
 
 
 def test_no_update_compiles_or_loads_a_kernel() -> None:
-    launch = pytest.importorskip("ema_triton.launch")
+    triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
     import triton
 
     compiled: list[object] = []
     runtime = triton.knobs.runtime
     with runtime.scope():
         runtime.jit_post_compile_hook = lambda **information: compiled.append(information)
-        launch.ema_update.device_caches.clear()  # of what other tests have compiled
+        triton_backend.ema_update.device_caches.clear()  # of what other tests have compiled
         ema = ModelEMA(nn.Linear(8, 8).cuda(), backend="triton")
         assert len(compiled) == 3
         for momentum in (0.0, 0.5, 1.0, 1e-4, torch.tensor(0.5, device="cuda")):

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_triton import ModelEMA
-from ema_triton.shards import local
+from ema_triton.distributed.dtensor import local_part
 from tests.test_gpu import no_synchronisation
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +47,7 @@ def shard(model: nn.Sequential, **options) -> nn.Sequential:
 def change(model: nn.Module, step: int) -> None:
     chance = torch.Generator("cuda").manual_seed(step)
     for parameter in model.parameters():
-        part = local(parameter).data
+        part = local_part(parameter).data
         part.add_(torch.randn(part.shape, generator=chance, device="cuda").to(part.dtype))
 
 

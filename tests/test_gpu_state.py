@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ema_triton import Constant, ModelEMA, reference
+from ema_triton import Constant, ModelEMA
+from ema_triton.ops import foreach_backend
 from tests.test_gpu import LOW, launched, network, no_synchronisation, shake
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:momentum .* is below")]
@@ -144,7 +145,7 @@ def test_a_distance_is_what_a_cpu_measures(dtype: torch.dtype) -> None:
 
 def test_a_distance_waits_once_and_takes_the_memory_of_a_chunk() -> None:
     ema = ModelEMA(nn.Sequential(network(), network(2048, 4).bfloat16()))
-    bound = 64 * reference.SCRATCH  # doubles, and where an exact EMA is joined
+    bound = 64 * foreach_backend.SCRATCH  # doubles, and where an exact EMA is joined
     assert sum(p.numel() * p.itemsize for p in ema.model.parameters()) > bound / 2
     ema.distance()
     torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.precision import join
+from ema_triton.ops.precision import join
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -359,7 +359,7 @@ def test_a_factor_does_not_round_a_momentum_of_few_digits() -> None:
     ema.update(0.5)
     (launch,) = ema._plan.launches
     momentum = torch.tensor(0.3, dtype=torch.bfloat16)
-    effective = launch.effective(momentum)
+    effective = launch.effective_momentum(momentum)
     assert effective.dtype == torch.float32
     assert effective.item() == pytest.approx(float(momentum) * 0.1, rel=2**-23)
-    assert launch.effective(momentum.double()).dtype == torch.float64
+    assert launch.effective_momentum(momentum.double()).dtype == torch.float64

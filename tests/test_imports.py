@@ -94,12 +94,13 @@ def test_without_ignite_the_handler_is_listed_all_the_same() -> None:
 
 def test_imports_go_down_the_floors() -> None:
     floors = [
-        {"schedules", "kernels", "shards", "precision", "noise", "groups", "interrupts"},
-        {"pairs"},
-        {"files", "models", "places", "ranks", "rivals", "saved", "state", "watch"},
-        {"arguments", "plan"},
-        {"reference", "launch", "swap", "loading"},
-        {"backend", "distance"},
+        {"schedules", "selection", "interrupts", "distributed.dtensor"},
+        {"ops.kernels", "ops.precision", "ops.philox", "distributed.collectives", "modules"},
+        {"pairing"},
+        {"state", "staleness", "checkpoint.interop"},
+        {"plan", "checkpoint.state_dict"},
+        {"ops.foreach_backend", "ops.triton_backend", "swap"},
+        {"arguments", "backend", "distance"},
         {"model_ema"},
         {"handler"},
     ]
@@ -108,23 +109,22 @@ def test_imports_go_down_the_floors() -> None:
 
     package = Path(__file__).parent.parent / "ema_triton"
     order = {name: floor for floor, names in enumerate(floors) for name in names}
-    files = {file.stem for file in package.glob("*.py")} - {"__init__"}
-    assert files == set(order)
-    for name in files:
-        imported = {
-            node.module
-            for node in ast.walk(ast.parse((package / f"{name}.py").read_text()))
-            if isinstance(node, ast.ImportFrom) and node.module
-        }
-        imported |= {
-            f"ema_triton.{alias.name}"
-            for node in ast.walk(ast.parse((package / f"{name}.py").read_text()))
-            if isinstance(node, ast.ImportFrom) and node.module == "ema_triton"
-            for alias in node.names
-        }
+    files = {
+        ".".join(file.relative_to(package).with_suffix("").parts): file.read_text()
+        for file in package.rglob("*.py")
+    }
+    empty = {"ops.__init__", "checkpoint.__init__", "distributed.__init__"}
+    assert {files.pop(name) for name in empty} == {""}
+    del files["__init__"]
+    assert files.keys() == order.keys()
+    for name, source in files.items():
+        imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+        imported = {node.module for node in imports}
+        imported |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
         for module in imported:
-            if module.startswith("ema_triton."):
-                below = module.removeprefix("ema_triton.")
+            below = module.removeprefix("ema_triton.")
+            if below in order:
                 assert order[below] < order[name], f"{name} imports {below}"
         assert not any(m.startswith("ignite") for m in imported) or name == "handler"
-        assert not any(m.startswith("triton") for m in imported) or name in ("kernels", "launch")
+        with_triton = ("ops.kernels", "ops.triton_backend")
+        assert not any(m.startswith("triton") for m in imported) or name in with_triton

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ema_triton import (
-    Constant,
-    ModelEMA,
-    interrupts,
-    loading,
-    model_ema,
-    precision,
-    reference,
-    swap,
-)
-from ema_triton.interrupts import Deferred, SwapContext
+from ema_triton import Constant, ModelEMA, interrupts, model_ema, swap
+from ema_triton.checkpoint import state_dict
+from ema_triton.interrupts import DeferSigint, SwapContext
+from ema_triton.ops import foreach_backend, precision
 
-FILES = {module.__file__ for module in (interrupts, loading, model_ema, precision, reference, swap)}
+FILES = {
+    module.__file__
+    for module in (interrupts, state_dict, model_ema, precision, foreach_backend, swap)
+}
 
 
 class Bomb:
@@ -122,7 +118,7 @@ def test_ctrl_c_at_every_opcode_leaves_both_models_as_they_were() -> None:
 
 @pytest.fixture
 def undeferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Deferred, "__enter__", lambda self: self)
+    monkeypatch.setattr(DeferSigint, "__enter__", lambda self: self)
 
 
 @pytest.mark.usefixtures("undeferred")
@@ -420,7 +416,7 @@ def test_ctrl_c_inside_of_another_stream_swaps_back_on_the_first_one() -> None:
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_what_is_no_handler_of_pythons_stays(handler: signal.Handlers) -> None:
     signal.signal(signal.SIGINT, handler)
-    with averaged().swapped(), Deferred():
+    with averaged().swapped(), DeferSigint():
         assert signal.getsignal(signal.SIGINT) is handler
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -429,7 +425,7 @@ def test_another_thread_leaves_the_signal_alone() -> None:
     ema, found = averaged(), []
 
     def elsewhere() -> None:
-        with ema.swapped(), Deferred():
+        with ema.swapped(), DeferSigint():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)

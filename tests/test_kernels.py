@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_triton import reference
+from ema_triton.ops import foreach_backend
+from ema_triton.ops.precision import join, split
 from ema_triton.plan import Plan
-from ema_triton.precision import join, split
 from tests.plans import plan_of, run
 
-launch = pytest.importorskip("ema_triton.launch")
+triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
 
 
 def plan_for(online: Tensor, ema: Tensor, precision: str, device: torch.device) -> Plan:
@@ -21,7 +21,7 @@ def plan_for(online: Tensor, ema: Tensor, precision: str, device: torch.device) 
 def result_of(online: Tensor, ema: Tensor, momentum: float, device: torch.device) -> Tensor:
     """The kernel's result for one tensor."""
     plan = plan_for(online, ema, "nearest", device)
-    run(launch, plan, momentum)
+    run(triton_backend, plan, momentum)
     return plan.ema_tensors[0].detach().cpu()
 
 
@@ -87,7 +87,7 @@ def test_an_exact_ema_takes_and_keeps_every_fp32(
     value = every_high_half()
     plan = plan_for(value, torch.zeros(len(value), dtype=dtype), "exact", kernel_device)
     for momentum in (1.0, 0.0):  # takes it; leaves it
-        run(launch, plan, momentum)
+        run(triton_backend, plan, momentum)
         bucket = plan.launches[0].bucket
         same_bits(join(bucket.flat, bucket.residual)[: len(value)].cpu(), value)
         weight, residual = torch.empty_like(value, dtype=dtype), torch.empty_like(bucket.residual)
@@ -101,7 +101,7 @@ def test_every_exact_weight_is_read_exactly(
 ) -> None:
     weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     plan = plan_for(torch.zeros(1 << 16), weight, "exact", kernel_device)
-    run(launch, plan, 0.0)
+    run(triton_backend, plan, 0.0)
     expected = weight + 0.0
     expected[weight.isinf()] = float("nan")  # 0 * Inf, as torch.lerp has it
     same_bits(plan.launches[0].targets[0].cpu(), expected)
@@ -116,7 +116,7 @@ def test_an_old_residual_makes_no_nan(
     weight = weight[weight.isfinite()]
     plan = plan_for(torch.zeros(len(weight)), weight, "exact", kernel_device)
     plan.launches[0].bucket.residual.fill_(other)
-    run(launch, plan, 0.0)
+    run(triton_backend, plan, 0.0)
     assert torch.equal(plan.launches[0].targets[0].cpu(), weight)
 
 
@@ -131,7 +131,7 @@ def test_both_backends_round_alike_by_chance(
         online = value[start:]
         ema = torch.zeros(len(online), dtype=dtype)
         found = []
-        for backend in (reference, launch):
+        for backend in (foreach_backend, triton_backend):
             plan = plan_for(online, ema, "stochastic", kernel_device)
             for momentum in (1.0, 0.5):
                 run(backend, plan, momentum)
@@ -159,6 +159,6 @@ def test_the_padding_between_tensors_is_nobodys(kernel_device: torch.device) -> 
     plan = plan_of(model, twin)
     bucket = plan.launches[0].bucket
     bucket.flat[5:8] = 77.0
-    run(launch, plan, 0.5)
+    run(triton_backend, plan, 0.5)
     assert bucket.flat[5:8].eq(77.0).all()
     assert twin[1].eq(0.5).all()

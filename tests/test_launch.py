@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.precision import PRECISIONS
+from ema_triton.ops.precision import PRECISIONS
 from tests.plans import plan_of, run
 
-launch = pytest.importorskip("ema_triton.launch")
+triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
 
 
 class Launches:
@@ -35,8 +35,8 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    found = Launches(launch.ema_update)
-    monkeypatch.setattr(launch, "ema_update", found)
+    found = Launches(triton_backend.ema_update)
+    monkeypatch.setattr(triton_backend, "ema_update", found)
     return found
 
 
@@ -94,9 +94,9 @@ def test_an_update_needs_no_variant_that_preparing_did_not_compile(
     prepared = launches.variants()
     tensor = torch.tensor(0.5, device=kernel_device)
     for momentum in (0.1, 0.0, 1.0, tensor):
-        run(launch, ema._plan, momentum)
+        run(triton_backend, ema._plan, momentum)
     assert launches.variants() == prepared
-    run(launch, ema._plan, tensor.double())  # the control
+    run(triton_backend, ema._plan, tensor.double())  # the control
     assert launches.variants() > prepared
 
 
@@ -108,10 +108,10 @@ def test_a_tensor_momentum_is_read_at_every_update(
     twin = nn.ParameterList([torch.zeros(100, dtype=dtype, device=kernel_device)])
     plan = plan_of(model, twin)
     momentum = torch.tensor(0.25, device=kernel_device)
-    run(launch, plan, momentum)
+    run(triton_backend, plan, momentum)
     assert twin[0].eq(0.25).all()
     momentum.fill_(1.0)
-    run(launch, plan, momentum)
+    run(triton_backend, plan, momentum)
     assert twin[0].eq(1.0).all()
 
 

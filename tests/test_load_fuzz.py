@@ -18,7 +18,7 @@ from torch import Tensor, nn
 pytest.importorskip("ignite")
 
 from ema_triton import EMAHandler, ModelEMA
-from ema_triton.saved import Saved
+from ema_triton.checkpoint.state_dict import Saved
 from ema_triton.schedules import Delayed, LinearWarmup, momentum_from
 
 CASES = 150  # of each class and each of these

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ema_triton.noise import Noise
+from ema_triton.ops.philox import Noise
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ema_triton import ModelEMA, reference
-from ema_triton.precision import PRECISIONS, join
+from ema_triton import ModelEMA
+from ema_triton.ops import foreach_backend
+from ema_triton.ops.precision import PRECISIONS, join
 from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout
 
 pytest.importorskip("triton")
@@ -210,7 +211,7 @@ def test_counts_are_exact_whatever_lies_between_tensors(
     length: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on the reference path in many steps; Inf at ends would show in what lies beside."""
-    monkeypatch.setattr(reference, "SCRATCH", length)
+    monkeypatch.setattr(foreach_backend, "SCRATCH", length)
     for backend in BACKENDS:
         sizes = [1, 2, 3, 5, 7, 9, 31, 33, 130]
         online = [torch.full((size,), INF, dtype=torch.float16, device=DEVICE) for size in sizes]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ema_triton import ModelEMA
-from ema_triton.pairs import clean_name
+from ema_triton.modules import clean_name
 
 
 class Tied(nn.Module):

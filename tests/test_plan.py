@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ema_triton import ModelEMA, model_ema
-from ema_triton.pairs import slots_of
+from ema_triton.modules import slots_of
+from ema_triton.ops.precision import join
 from ema_triton.plan import Launch, Plan, make_plan
-from ema_triton.precision import join
 from ema_triton.state import ALIGNMENT, CHUNK
 from tests.plans import plan_of
 
@@ -159,13 +159,13 @@ def test_what_moves_is_noticed_and_followed(
 ) -> None:
     online = model()
     ema = ModelEMA(online)
-    assert not ema._plan.watch.is_stale()
+    assert not ema._plan.staleness.is_stale()
     change(online if side == "online" else ema.ema_model)
-    assert ema._plan.watch.is_stale()
+    assert ema._plan.staleness.is_stale()
     before = [p.double() for p in ema.ema_model.parameters()]
     dtypes = [p.dtype for p in ema.ema_model.parameters()]
     ema.update(0.25)
-    assert not ema._plan.watch.is_stale()
+    assert not ema._plan.staleness.is_stale()
     for old, ours, theirs, dtype in zip(
         before, ema.ema_model.parameters(), online.parameters(), dtypes, strict=True
     ):

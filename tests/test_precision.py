@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_triton.precision import RESIDUAL_DTYPE, Scratch, join, narrow_stochastic, shown, split
+from ema_triton.ops.precision import RESIDUAL_DTYPE, Scratch, join, narrow_stochastic, shown, split
 
 LOW = [torch.bfloat16, torch.float16]
 PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ema_triton import reference
+from ema_triton.ops import foreach_backend
 from tests.plans import plan_of, run
 from tests.tolerances import assert_update, update_bound
 
@@ -42,9 +42,9 @@ SIZES = [3, 64, 64, 64, 64, 64, 64, 64, 64, 64, 100, 100, 5000, 70000]
 
 def test_one_dtype_is_one_foreach_call_and_no_allocation() -> None:
     plan = plan_of(filled(SIZES, 1.0, torch.float32), ema := filled(SIZES, 0.0, torch.float32))
-    run(reference, plan, 0.0)
+    run(foreach_backend, plan, 0.0)
     with Recorder() as recorder:
-        run(reference, plan, 0.25)
+        run(foreach_backend, plan, 0.25)
     assert recorder.calls.count("_foreach_lerp_") == 1
     assert set(recorder.calls) == {"_foreach_lerp_", "cat"}  # cat gathers the small ones
     assert recorder.largest == 0
@@ -54,12 +54,12 @@ def test_one_dtype_is_one_foreach_call_and_no_allocation() -> None:
 @pytest.mark.parametrize("ema_dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_mixed_dtypes_meet_in_a_bounded_scratch(ema_dtype: torch.dtype) -> None:
     online_dtype = torch.bfloat16 if ema_dtype != torch.bfloat16 else torch.float32
-    sizes = [3, 2 * reference.SCRATCH + 5, 7, reference.SCRATCH - 1]
+    sizes = [3, 2 * foreach_backend.SCRATCH + 5, 7, foreach_backend.SCRATCH - 1]
     plan = plan_of(filled(sizes, 1.0, online_dtype), ema := filled(sizes, 0.0, ema_dtype))
     with Recorder() as first:
-        run(reference, plan, 0.25)
+        run(foreach_backend, plan, 0.25)
     with Recorder() as second:
-        run(reference, plan, 1.0)
+        run(foreach_backend, plan, 1.0)
     assert 0 < first.largest <= 16 * 2**20  # laid once
     assert second.largest == 0
     assert all(p.eq(1.0).all() for p in ema)
@@ -72,7 +72,7 @@ def test_the_recorder_sees_a_full_size_temporary() -> None:
 
 
 def test_gaps_and_mixed_dtypes_together_stay_bounded() -> None:
-    length = 3 * reference.SCRATCH
+    length = 3 * foreach_backend.SCRATCH
     online = nn.ParameterList([torch.empty(0, dtype=torch.bfloat16)])
     online[0].data = torch.randn(length, 2, dtype=torch.bfloat16)[:, :1]
     ema = nn.ParameterList([torch.randn(length, 1)])
@@ -80,7 +80,7 @@ def test_gaps_and_mixed_dtypes_together_stay_bounded() -> None:
     plan = plan_of(online, ema)
     assert not plan.launches[0].dense
     with Recorder() as recorder:
-        run(reference, plan, 0.3)
+        run(foreach_backend, plan, 0.3)
     assert recorder.largest <= 16 * 2**20
     truth = torch.lerp(before.double(), online[0].double(), torch.tensor(0.3).double())
     assert_update(ema[0].detach(), truth, update_bound(before, online[0], torch.float32))
@@ -91,11 +91,11 @@ def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) ->
     online = nn.ParameterList([torch.randn(size) for size in sizes])
     results = []
     for small, gathered in ((2048, 140), (0, 0)):
-        monkeypatch.setattr(reference, "SMALL", small)
+        monkeypatch.setattr(foreach_backend, "SMALL", small)
         ema = nn.ParameterList([torch.zeros(size) for size in sizes])
         plan = plan_of(online, ema)
-        run(reference, plan, 0.3)
-        gathers = reference._direct[plan.launches[0]].gathers
+        run(foreach_backend, plan, 0.3)
+        gathers = foreach_backend._direct[plan.launches[0]].gathers
         assert (
             sum(
                 any(part is s for s in plan.launches[0].sources)
@@ -104,15 +104,15 @@ def test_gathered_and_separate_tensors_agree(monkeypatch: pytest.MonkeyPatch) ->
             )
             == gathered
         )
-        assert all(len(whole) < reference.RUN for _, whole in gathers)
+        assert all(len(whole) < foreach_backend.RUN for _, whole in gathers)
         results.append(torch.cat([*ema]))
     torch.testing.assert_close(*results, rtol=torch.finfo(torch.float32).eps, atol=0)
 
 
 def test_scratch_goes_with_the_plan() -> None:
-    before = len(reference._steps)
+    before = len(foreach_backend._steps)
     plan = plan_of(filled([9], 1.0, torch.bfloat16), filled([9], 0.0, torch.float32))
-    run(reference, plan, 0.5)
-    assert len(reference._steps) == before + 1
+    run(foreach_backend, plan, 0.5)
+    assert len(foreach_backend._steps) == before + 1
     del plan
-    assert len(reference._steps) == before
+    assert len(foreach_backend._steps) == before

@@ -14,10 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_triton import ModelEMA
-from ema_triton.files import read
-from ema_triton.pairs import clean_name
-from ema_triton.rivals import Found, weights_of
-from ema_triton.saved import Saved
+from ema_triton.checkpoint.interop import Found, extract_weights, read_file
+from ema_triton.checkpoint.state_dict import Saved
+from ema_triton.modules import clean_name
 from ema_triton.state import EMAState
 
 TIMM = Path(__file__).with_name("files") / "timm_checkpoint.pth.tar"
@@ -68,7 +67,7 @@ def recognised(state: object, model: nn.Module) -> Found:
     for value in own.values():
         if isinstance(value, torch.Tensor):
             value.fill_(-7)
-    found = weights_of(through_a_file(state), own, parameters)
+    found = extract_weights(through_a_file(state), own, parameters)
     Saved.of(found.weights).check_fit(own)
     return found
 
@@ -139,7 +138,7 @@ def test_timm_checkpoint() -> None:
     """tests/files/README.md says what is in it."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     own, parameters = own_of(model)
-    found = weights_of(read(TIMM), own, parameters)
+    found = extract_weights(read_file(TIMM), own, parameters)
     count = 2
     for name, value in own.items():
         expected = torch.arange(count, count + value.numel()).reshape(value.shape)
@@ -192,7 +191,7 @@ def test_what_is_recognised_can_be_loaded() -> None:
         for state in states:
             ema = ModelEMA(kind())
             own, parameters = own_of(ema.ema_model)
-            found = weights_of(through_a_file(state), own, parameters)
+            found = extract_weights(through_a_file(state), own, parameters)
             ema.load_state_dict(found.weights)
             for name, value in own_of(ema.ema_model)[0].items():
                 if isinstance(value, torch.Tensor):
@@ -295,11 +294,11 @@ def test_names_that_do_not_fit_are_left_to_the_check() -> None:
     model, other = net(), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     own, parameters = own_of(model)
     for wrap in (lambda model: model, nn.DataParallel, AveragedModel):
-        found = weights_of(wrap(other).state_dict(), own, parameters)
+        found = extract_weights(wrap(other).state_dict(), own, parameters)
         assert [*found.weights] == [*other.state_dict()]
         with pytest.raises(ValueError, match=r"EMA model: '2.weight' is missing, '2.bias' is miss"):
             Saved.of(found.weights).check_fit(own)
-    found = weights_of({"module.a": torch.ones(1)}, own, parameters)
+    found = extract_weights({"module.a": torch.ones(1)}, own, parameters)
     assert [*found.weights] == ["module.a"]
 
 
@@ -325,12 +324,12 @@ def test_diffusers_tensors_that_do_not_fit() -> None:
         ([nn.LazyLinear(2).weight, *shadows[1:]], r"shadow_params\[0\] is a UninitializedParam"),
     ):
         with pytest.raises(ValueError, match=message) as raised:
-            weights_of({"shadow_params": wrong, "optimization_step": 3}, own, parameters)
+            extract_weights({"shadow_params": wrong, "optimization_step": 3}, own, parameters)
         assert "Nothing was loaded. Load it into" in str(raised.value)
-    assert weights_of({"shadow_params": tuple(shadows)}, own, parameters).updates is None
+    assert extract_weights({"shadow_params": tuple(shadows)}, own, parameters).updates is None
     del own["2.bias"]
     with pytest.raises(ValueError, match=r"\[5\] is of '2.bias', which the EMA model's state dict"):
-        weights_of({"shadow_params": shadows}, own, parameters)
+        extract_weights({"shadow_params": shadows}, own, parameters)
 
 
 WEIGHTS = net().state_dict()
@@ -358,18 +357,18 @@ UNKNOWN = [
 def test_states_that_are_not_recognised(state: dict, keys: str, hint: str) -> None:
     own, parameters = own_of(net())
     with pytest.raises(ValueError, match="The state is none that is recognised") as raised:
-        weights_of(state, own, parameters)
+        extract_weights(state, own, parameters)
     assert f"{keys}. Hand over" in str(raised.value)
     assert f"e.g. load_weights(torch.load(path)['{hint}'])." in str(raised.value)
     if hint in state:
-        Saved.of(weights_of(state[hint], own, parameters).weights).check_fit(own)
+        Saved.of(extract_weights(state[hint], own, parameters).weights).check_fit(own)
 
 
 @pytest.mark.parametrize("state", [None, [], {}, WEIGHTS["0.weight"], net(), "path"])
 def test_what_is_no_state(state: object) -> None:
     own, parameters = own_of(net())
     with pytest.raises(ValueError, match=r"must be a dict .* but got (an empty one|a [a-zA-Z]+)\."):
-        weights_of(state, own, parameters)
+        extract_weights(state, own, parameters)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +388,7 @@ def test_the_count_of_updates(count: object, updates: int | None) -> None:
     shadows = [own[name] for name in parameters]
     averaged = {"n_averaged": count, **{f"module.{name}": own[name] for name in own}}
     for state in (averaged, {"shadow_params": shadows, "optimization_step": count}):
-        found = weights_of(state, own, parameters)
+        found = extract_weights(state, own, parameters)
         assert found.updates == updates
         assert type(found.updates) is type(updates)
 
@@ -483,7 +482,7 @@ def test_mangled_states_are_errors_or_make_sense() -> None:
                 base[key] = mangle(copy.copy(base[key]), draw)
         state = mangle(base, draw)
         try:
-            found = weights_of(state, own, parameters)
+            found = extract_weights(state, own, parameters)
         except ValueError as error:
             assert len(str(error)) > 100  # noqa: PT017
             outcomes["refused"] += 1
@@ -502,7 +501,7 @@ def test_the_state_is_left_as_it_was() -> None:
     own, parameters = own_of(model)
     state = AveragedModel(model).state_dict()
     names = [*state]
-    found = weights_of(state, own, parameters)
+    found = extract_weights(state, own, parameters)
     found.weights.clear()
     assert [*state] == names
     assert own.keys() == model.state_dict().keys()

@@ -25,9 +25,10 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ema_triton import ModelEMA, shards
-from ema_triton.precision import join
-from ema_triton.shards import local
+from ema_triton import ModelEMA
+from ema_triton.distributed import dtensor
+from ema_triton.distributed.dtensor import local_part
+from ema_triton.ops.precision import join
 from tests.ranks import run
 from tests.tolerances import update_bound
 
@@ -242,23 +243,23 @@ def _swaps(build):
     plain.load_state_dict(averaged)
     expected = plain(whole(x).double())
     online = wholes(model)
-    addresses = [local(p).data_ptr() for p in model.parameters()]
-    kept = {name: local(value).clone() for name, value in ema.state_dict()["weights"].items()}
+    addresses = [local_part(p).data_ptr() for p in model.parameters()]
+    kept = {name: local_part(value).clone() for name, value in ema.state_dict()["weights"].items()}
     with ema.swapped() as evaluated:
         assert evaluated is model
         with torch.no_grad():
             found = whole(model(x))
         inside = ema.state_dict()["weights"]
         for name, value in kept.items():
-            assert torch.equal(local(inside[name]), value)
+            assert torch.equal(local_part(inside[name]), value)
     # Sums of at most 7 products, each rounded, in the dtype of the forward.
     rounding = 64 * torch.finfo(DTYPES.get(build, torch.float32)).eps
     torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
     assert not torch.allclose(found.float(), before.float(), rtol=rounding, atol=rounding)
     with torch.no_grad():
         assert torch.equal(whole(model(x)), before)  # not with what was gathered of the EMA
-    shards.reshard(model)
-    assert addresses == [local(p).data_ptr() for p in model.parameters()]
+    dtensor.reshard(model)
+    assert addresses == [local_part(p).data_ptr() for p in model.parameters()]
     for name, value in wholes(model).items():
         assert torch.equal(value, online[name])
     for name, value in wholes_of(ema).items():
@@ -271,7 +272,7 @@ def test_a_swapped_model_evaluates_the_ema(build, ranks) -> None:
 
 
 def _goes_wrong_without_resharding():
-    shards.reshard = lambda *models: None
+    dtensor.reshard = lambda *models: None
     with pytest.raises((AssertionError, RuntimeError)):
         _swaps(by_fsdp)
 
@@ -499,7 +500,7 @@ def _guards():
     before = wholes_of(ema)
     change(model, 0)
     if dist.get_rank() == 0:
-        local(model.first.weight)[0, 0] = float("nan")
+        local_part(model.first.weight)[0, 0] = float("nan")
     ema.update(0.5)
     after = wholes_of(ema)
     kept = (after["first.weight"] == before["first.weight"]).nonzero().tolist()
@@ -711,7 +712,7 @@ def _estimates():
     model = by_fsdp()
     ema = ModelEMA(model)
     ema.update(0.1)
-    parts = [local(value).numel() for value in ema.state_dict()["weights"].values()]
+    parts = [local_part(value).numel() for value in ema.state_dict()["weights"].values()]
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return sum(parts)
@@ -746,7 +747,7 @@ def _step(models, number):
         for index, parameter in enumerate(model.parameters()):
             chance = torch.Generator().manual_seed(100 * number + index)
             delta = torch.randn(parameter.shape, generator=chance).to(parameter.dtype)
-            local(parameter).data.add_(shards.part_of(delta, parameter))
+            local_part(parameter).data.add_(dtensor.local_part_of(delta, parameter))
 
 
 def _equals(ema, truth, what):
@@ -792,7 +793,7 @@ def _survives(seeds, shape):
                 ema.load_state_dict(ema.state_dict(full_state_dict=True), full_state_dict=True)
             elif what == "move":
                 for parameter in model.parameters():
-                    local(parameter).data = local(parameter).data.clone()
+                    local_part(parameter).data = local_part(parameter).data.clone()
             ema.update(0.3)
             truth.update(0.3)
             _equals(ema, truth, (seed, number, what))

@@ -19,9 +19,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
-from ema_triton import ModelEMA, reference
-from ema_triton.groups import Groups
-from ema_triton.precision import PRECISIONS
+from ema_triton import ModelEMA
+from ema_triton.ops import foreach_backend
+from ema_triton.ops.precision import PRECISIONS
+from ema_triton.selection import Selection
 from ema_triton.state import EMAState
 from tests.tolerances import update_bound
 
@@ -65,7 +66,7 @@ class AnyOrder(RuleBasedStateMachine):
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.online = Net().to(DEVICE, dtype)
-        self.exclude = Groups.of(None, exclude, None)
+        self.exclude = Selection.of(None, exclude, None)
         self.spared: Counter[str] = Counter()
         self.ema = ModelEMA(
             self.online,
@@ -349,7 +350,7 @@ def test_the_machine_notices_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.poison(float("nan"))
     machine.update(0.3)
     machine.equals_the_shadow()
-    monkeypatch.setattr(reference._Step, "spare", lambda step: None)
+    monkeypatch.setattr(foreach_backend._Step, "spare", lambda step: None)
     machine.update(0.3)
     with pytest.raises(AssertionError):
         machine.equals_the_shadow()

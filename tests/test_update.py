@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ema_triton import reference
-from ema_triton.precision import PRECISIONS
+from ema_triton.ops import foreach_backend
+from ema_triton.ops.precision import PRECISIONS
 from tests import oracle
 from tests.plans import plan_of, run
 from tests.strategies import KERNEL_DTYPES, MOMENTA, REFERENCE_DTYPES, Layout, layouts
 from tests.tolerances import assert_update, update_bound
 
-launch = pytest.importorskip("ema_triton.launch")
+triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-UPDATES = {"reference": partial(run, reference), "kernel": partial(run, launch)}
+UPDATES = {"reference": partial(run, foreach_backend), "kernel": partial(run, triton_backend)}
 
 
 def parameters(tensors: list[Tensor]) -> nn.ParameterList:

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ema_triton import kernels, launch
+from ema_triton.ops import kernels, triton_backend
 from ema_triton.plan import Launch
 from ema_triton.state import CHUNK
 from tests.ptx import machine
@@ -89,7 +89,7 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
     )
     update, exchange = Kernel(UPDATE, edit), Kernel(EXCHANGE, edit)
-    launch_update, launch_exchange = launch._launch, launch.exchange
+    launch_update, launch_exchange = triton_backend._launch, triton_backend.exchange
 
     def updating(one: Launch, momentum: float | Tensor, chunks: int) -> None:
         update.own = spans_of(one)
@@ -102,11 +102,11 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
     before = dict(vars(driver))
     with pytest.MonkeyPatch.context() as patch:
         driver.set_active(target)
-        patch.setattr(launch, "device_obstacle", lambda device: None)
-        patch.setattr(launch, "ema_update", update)
+        patch.setattr(triton_backend, "device_obstacle", lambda device: None)
+        patch.setattr(triton_backend, "ema_update", update)
         patch.setattr(kernels, "exchange", exchange)
-        patch.setattr(launch, "_launch", updating)
-        patch.setattr(launch, "exchange", exchanging)
+        patch.setattr(triton_backend, "_launch", updating)
+        patch.setattr(triton_backend, "exchange", exchanging)
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("numpy", "2.0")
 pytest.importorskip("triton")
 
-from ema_triton import launch, reference
+from ema_triton.ops import foreach_backend, triton_backend
 from tests.plans import run
 from tests.ptx.opcodes import ProgramError
 from tests.ptx.run import compiled_for
@@ -29,7 +29,7 @@ def test_a_chunk_that_is_too_long(case: tuple) -> None:
         compiled_for(90),
         pytest.raises(ProgramError, match=r"after '.* 0', in: @%p\d+ (ld|st)\.global"),
     ):
-        run(launch, ema._plan, 0.5)
+        run(triton_backend, ema._plan, 0.5)
 
 
 def test_a_chunk_that_is_too_long_in_a_swap() -> None:
@@ -40,7 +40,7 @@ def test_a_chunk_that_is_too_long_in_a_swap() -> None:
         compiled_for(90),
         pytest.raises(ProgramError, match=r"after '.* 0', in: @%p\d+ ld\.global"),
     ):
-        launch.exchange(one)
+        triton_backend.exchange(one)
 
 
 @pytest.mark.parametrize("case", [FP32, EXACT, MIXED], ids=str)
@@ -49,7 +49,7 @@ def test_a_misaligned_address_that_is_called_aligned(case: tuple) -> None:
     (one,) = ema._plan.launches
     one.chunk_table[:, 2] |= 1
     with compiled_for(90), pytest.raises(ProgramError, match="past a multiple of it, in: @%p"):
-        run(launch, ema._plan, 0.5)
+        run(triton_backend, ema._plan, 0.5)
 
 
 def ptx_of(case: tuple, arch: int) -> str:
@@ -61,7 +61,7 @@ def ptx_of(case: tuple, arch: int) -> str:
         return ptx
 
     with compiled_for(arch, note):
-        run(launch, emas(case, False, [layout(8)])[0]._plan, 0.3)
+        run(triton_backend, emas(case, False, [layout(8)])[0]._plan, 0.3)
     return seen[0]
 
 
@@ -76,10 +76,10 @@ SOME = [layout(8), layout(1000), layout(2056), layout(33, offset=1), layout(600,
 
 def is_noticed(case: tuple, arch: int, code: str) -> bool:
     compiled, expected = emas(case, False, SOME)
-    run(reference, expected._plan, 0.3)
+    run(foreach_backend, expected._plan, 0.3)
     try:
         with compiled_for(arch, lambda _: code):
-            run(launch, compiled._plan, 0.3)
+            run(triton_backend, compiled._plan, 0.3)
         assert_same(compiled, expected)
     except AssertionError:
         return True

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 pytest.importorskip("numpy", "2.0")
 pytest.importorskip("triton")
 
-from ema_triton import ModelEMA, launch, reference
-from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE
+from ema_triton import ModelEMA
+from ema_triton.ops import foreach_backend, triton_backend
+from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE
 from tests.plans import ema_of, run
 from tests.ptx.run import ARCHITECTURES, compiled_for
 from tests.strategies import KERNEL_DTYPES, MOMENTA, Layout, layouts
@@ -115,8 +116,8 @@ def test_an_update_is_the_foreach_path_s(
         # At the second there is a residual, and another random number.
         for _ in range(2 if weight == 0.3 else 1):
             with compiled_for(arch):
-                run(launch, compiled._plan, weight)
-            run(reference, expected._plan, weight)
+                run(triton_backend, compiled._plan, weight)
+            run(foreach_backend, expected._plan, weight)
             assert_same(compiled, expected)
         if guarded:
             assert sum(compiled._state.skip_counts().values()) > 0
@@ -130,7 +131,7 @@ def test_fp32_is_torch_s_lerp(arch: int, momentum: float) -> None:
     expected = [target.clone() for target in one.targets]
     torch._foreach_lerp_(expected, one.sources, momentum)
     with compiled_for(arch):
-        run(launch, plan, momentum)
+        run(triton_backend, plan, momentum)
     for found, right, online in zip(one.targets, expected, one.sources, strict=True):
         # A copy, whatever was there; lerp makes NaN of what is not finite.
         assert torch.equal(bits(found), bits(online if momentum == 1 else right))
@@ -145,7 +146,7 @@ def test_a_swap_exchanges_all_bits(arch: int, dtype: torch.dtype) -> None:
         for side in (one.targets, one.sources)
     ]
     with compiled_for(arch):
-        launch.exchange(one)
+        triton_backend.exchange(one)
     for side, others in zip((one.sources, one.targets), before, strict=True):
         for found, expected in zip(side, others, strict=True):
             assert torch.equal(found.view(BITS[dtype.itemsize]), expected)
@@ -174,8 +175,8 @@ def test_any_update_is_the_foreach_path_s(
     compiled, expected = emas(case, guarded, chosen, seed, special)
     weight = torch.tensor(momentum) if as_tensor else momentum
     with compiled_for(arch):
-        run(launch, compiled._plan, weight)
-    run(reference, expected._plan, weight)
+        run(triton_backend, compiled._plan, weight)
+    run(foreach_backend, expected._plan, weight)
     assert_same(compiled, expected)
 
 
@@ -190,8 +191,8 @@ def test_any_swap_is_the_foreach_path_s(
     compiled, expected = emas((dtype, dtype, "nearest"), False, chosen)
     for ours, theirs in zip(compiled._plan.launches, expected._plan.launches, strict=True):
         with compiled_for(arch):
-            launch.exchange(ours)
-        reference.exchange(theirs)
+            triton_backend.exchange(ours)
+        foreach_backend.exchange(theirs)
     assert_same(compiled, expected)
 
 
@@ -204,6 +205,6 @@ def test_nothing_was_left_out(arch: int) -> None:
     for ema, online in product(dtypes, dtypes):
         (one,) = emas((ema, online, "nearest"), False, [layout(8)])[0]._plan.launches
         with compiled_for(arch):
-            if launch.obstacle(one) is None:
+            if triton_backend.obstacle(one) is None:
                 taken.add((ema, online))
     assert taken == set(KERNEL_DTYPES)

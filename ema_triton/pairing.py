@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, Mapping
+from collections.abc import Container, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ema_triton import shards
-from ema_triton.groups import Groups
+from ema_triton.distributed import dtensor
+from ema_triton.modules import Slot, Slots
+from ema_triton.selection import Selection
 
 # What can be averaged, and the dtype of the real numbers in it.
 REAL_DTYPE = {
@@ -27,78 +28,13 @@ REAL_DTYPE = {
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class Slot(NamedTuple):
-    """Where a tensor lives: its module's `_parameters` or `_buffers`, and the key in it."""
-
-    owner: dict[str, Tensor | None]
-    key: str
-    is_buffer: bool
-    persistent: bool
-
-    def read(self) -> Tensor | None:
-        """The tensor that is there now, also after it was replaced; of a sharded one, its part."""
-        return shards.local(self.whole())  # type: ignore[no-any-return]
-
-    def whole(self) -> Tensor | None:
-        """The same, sharded or not."""
-        return self.owner.get(self.key)
-
-    def write(self, tensor: Tensor, like: Tensor | None = None) -> None:
-        """Put it there, sharded as what is there, or as `like` if nothing is."""
-        whole = like if self.whole() is None else self.whole()
-        if shards.local(whole) is not tensor or (whole is not None and whole.dtype != tensor.dtype):
-            self.owner[self.key] = shards.like(tensor, whole)
-
-    @property
-    def place(self) -> tuple[int, str]:
-        """Tells slots apart; equal for two names of one module."""
-        return id(self.owner), self.key
-
-
-# By clean name, a tied tensor under each of its names; some may hold None, for now.
-Slots = dict[str, Slot]
-
-
-def slots_of(model: nn.Module) -> Slots:
-    """Where a model's parameters and buffers live, in the order of its state dict."""
-    return {
-        clean_name(f"{prefix}.{key}" if prefix else key): Slot(
-            owner, key, is_buffer, key not in module._non_persistent_buffers_set
-        )
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for owner, is_buffer in ((module._parameters, False), (module._buffers, True))
-        for key in owner
-    }
-
-
-def empty_slots(online: Slots, left_out: Container[str], *, caches: bool) -> Slots:
-    """Slots for the EMA of these online tensors, in a dict by name, with nothing in them yet.
-
-    Args:
-        online: The online model's slots.
-        left_out: Names of what the EMA does not hold.
-        caches: Whether it holds non-persistent buffers.
-    """
-    tensors: dict[str, Tensor | None] = {}
-    return {
-        name: slot._replace(owner=tensors, key=name)
-        for name, slot in online.items()
-        if name not in left_out and (slot.persistent or caches)
-    }
-
-
-def left_out(slots: Slots, groups: Groups) -> set[str]:
+def left_out(slots: Slots, selection: Selection) -> set[str]:
     """Names of the parameters that the patterns keep from being averaged."""
     tied: dict[int, list[str]] = {}
     for name, slot in slots.items():
         if not slot.is_buffer:
             tied.setdefault(id(slot.whole()), []).append(name)
-    return {name for names in tied.values() if groups.scale(names) is None for name in names}
-
-
-def are_sharded(slots: Slots) -> bool:
-    """Whether some of the tensors are."""
-    return any(shards.is_sharded(slot.whole()) for slot in slots.values())
+    return {name for names in tied.values() if selection.scale(names) is None for name in names}
 
 
 @dataclass(eq=False)
@@ -135,30 +71,12 @@ class Pairs(NamedTuple):
     kept: list[Pair]  # the EMA model's own buffers, which only a sync copies
 
 
-# What torch.compile, and checkpoint_wrapper of activations, put into the names.
-WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
-
-
-def clean_name(name: str) -> str:
-    """The name without what wrappers inside the model put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
-
-
-def clean_weights(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's state dict by clean name, without extra state, which is not a weight."""
-    return {
-        clean_name(name): value
-        for name, value in state.items()
-        if name.rpartition(".")[2] != "_extra_state"
-    }
-
-
 def pair_models(
     online: Slots,
     ema: Slots,
     handle_buffers: str,
     *,
-    groups: Groups,
+    selection: Selection,
     left_out: Container[str] = (),
     ema_dtype: torch.dtype | None = None,
     owned: Iterable[int] = (),
@@ -170,7 +88,7 @@ def pair_models(
         online: The online model's slots.
         ema: The EMA's.
         handle_buffers: "copy", "update" or "ema_train".
-        groups: Which tensors are averaged with which factor of the momentum; others are copied.
+        selection: Which tensors are averaged with which factor of the momentum; others are copied.
         left_out: Names that the EMA does not hold.
         ema_dtype: For new and for copied real floating tensors; None: their own.
         owned: Ids of EMA tensors that were copied before, and so need no copy of their own.
@@ -193,8 +111,8 @@ def pair_models(
                 there.discard(name)
             elif name in here and name in ema:  # filled in the online model's forward
                 there.add(name)
-    _refuse_extra("the online model has {}s that the EMA model lacks: {}", online, here - there)
-    _refuse_extra("the EMA model has {}s that the online model lacks: {}", ema, there - here)
+    _raise_extra("the online model has {}s that the EMA model lacks: {}", online, here - there)
+    _raise_extra("the EMA model has {}s that the online model lacks: {}", ema, there - here)
     pairs = {
         name: _pair(name, slot, ema[name], ema_dtype)
         for name, slot in online.items()
@@ -206,26 +124,26 @@ def pair_models(
         for name, pair in pairs.items()
         if handle_buffers == "update" or not online[name].is_buffer
     ]
-    averaged = tie([pair for pair in candidates if has_fractions(pair.online)])
+    averaged = merge_tied([pair for pair in candidates if is_averageable(pair.online)])
     for pair in averaged:
         check_averaged(pair)
-        pair.scale = groups.scale(pair.names)
-    copied = [pair for pair in candidates if not has_fractions(pair.online)]
+        pair.scale = selection.scale(pair.names)
+    copied = [pair for pair in candidates if not is_averageable(pair.online)]
     if handle_buffers == "copy":
         copied += buffers
     kept = buffers if handle_buffers == "ema_train" else []
     for pair in kept:
         if pair.new:
             pair.ema = own_copy(pair.online, pair.ema.dtype)
-    return Pairs(averaged, separate(copied, ema_dtype, {*owned}), kept)
+    return Pairs(averaged, with_own_storage(copied, ema_dtype, {*owned}), kept)
 
 
-def _refuse_extra(what: str, slots: Slots, extra: Container[str]) -> None:
+def _raise_extra(what: str, slots: Slots, extra: Container[str]) -> None:
     for kind, is_buffer in (("parameter", False), ("buffer", True)):
         names = [name for name in slots if name in extra and slots[name].is_buffer == is_buffer]
         if names:
             raise ValueError(
-                what.format(kind, listed(names))
+                what.format(kind, quoted(names))
                 + ". They would not be averaged. Build a new ModelEMA (or EMAHandler) after "
                 "changing the model's structure, or give an ema_model with the same names."
             )
@@ -255,7 +173,7 @@ def _pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) 
     return Pair([name], [slot], [ema_slot], online, ema, new)
 
 
-def tie(pairs: list[Pair]) -> list[Pair]:
+def merge_tied(pairs: list[Pair]) -> list[Pair]:
     """One pair for the names of tensors tied in both models, so that they are averaged once.
 
     An EMA tensor gets a copy of its own where only the EMA model ties it, or where it cannot be
@@ -272,18 +190,20 @@ def tie(pairs: list[Pair]) -> list[Pair]:
             twin.ema_slots += pair.ema_slots
             continue
         if twin is not None and pair.ema_slots[0].place in [slot.place for slot in twin.ema_slots]:
-            _refuse_split(twin.name, pair.name)
+            _raise_split(twin.name, pair.name)
         first.setdefault(key, pair)
         shared = storage(pair.online) == storage(pair.ema) != 0
         if twin is not None or shared or pair.ema.is_inference():
             pair.ema = own_copy(pair.ema)
-        elif not has_fractions(pair.ema):  # an integer tensor became a floating one
+        elif not is_averageable(pair.ema):  # an integer tensor became a floating one
             pair.ema = own_copy(pair.ema, pair.online.dtype)
         tied.append(pair)
     return tied
 
 
-def separate(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]) -> list[Pair]:
+def with_own_storage(
+    pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]
+) -> list[Pair]:
     """One pair for every slot, its EMA tensor being its own: not tied, not a view, contiguous.
 
     So that a copy into it changes nothing else. Floating tensors keep the EMA's dtype, or get
@@ -294,7 +214,7 @@ def separate(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]) 
         twin = places.setdefault(pair.ema_slots[0].place, pair)
         if twin is not pair:  # a module with two names
             if twin.online is not pair.online:
-                _refuse_split(twin.name, pair.name)
+                _raise_split(twin.name, pair.name)
             continue
         online, ema = pair.online, pair.ema
         dtype = online.dtype
@@ -304,7 +224,7 @@ def separate(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]) 
             owned.discard(id(ema))  # a second slot with it gets a copy
             continue
         # Converted values could be anything, and the next copy overwrites them anyway.
-        values = ema if ema.dtype == online.dtype or has_fractions(ema) else online
+        values = ema if ema.dtype == online.dtype or is_averageable(ema) else online
         if pair.new or values.is_complex() != dtype.is_complex:
             values = online
         pair.ema = own_copy(values, dtype, online.device, like=ema)
@@ -325,7 +245,7 @@ def own_copy(
     return nn.Parameter(copy, requires_grad=False) if isinstance(like, nn.Parameter) else copy
 
 
-def elements(tensor: Tensor) -> Hashable:
+def memory_key(tensor: Tensor) -> Hashable:
     """What is equal for two tensors that are the same elements of memory, seen in the same way."""
     seen = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     return (tensor.device, tensor.data_ptr(), *seen)
@@ -336,7 +256,7 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _refuse_split(name: str, other: str) -> None:
+def _raise_split(name: str, other: str) -> None:
     raise ValueError(
         f"'{name}' and '{other}' are different tensors in the online model but one slot of a "
         "shared module in the EMA model, which cannot hold both. Build a new ModelEMA (or "
@@ -344,13 +264,13 @@ def _refuse_split(name: str, other: str) -> None:
     )
 
 
-def listed(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     """The first few of them, for a message."""
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-class Flaw(NamedTuple):
+class Unsupported(NamedTuple):
     """Why a tensor can be neither averaged nor copied, and what to do about it."""
 
     error: type[Exception]
@@ -358,23 +278,23 @@ class Flaw(NamedTuple):
     remedy: str
 
 
-def flaw(tensor: Tensor) -> Flaw | None:
+def unsupported(tensor: Tensor) -> Unsupported | None:
     """What is wrong with a tensor; None if its values are in its memory, as they are."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return Flaw(
+        return Unsupported(
             NotImplementedError,
             f"is a {type(tensor).__name__}, which keeps its data in other tensors in a way of its "
             "own",
             "Build the EMA before the model is converted, e.g. quantized.",
         )
     if nn.parameter.is_lazy(tensor):
-        return Flaw(
+        return Unsupported(
             ValueError,
             "is uninitialized (a lazy module), so it has no shape",
             "Run one forward pass before building the EMA.",
         )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return Flaw(
+        return Unsupported(
             TypeError,
             f"has layout {tensor.layout} and dtype {tensor.dtype}, and is not strided, or is "
             "quantized or nested",
@@ -382,13 +302,13 @@ def flaw(tensor: Tensor) -> Flaw | None:
             ".dequantize().",
         )
     if tensor.is_conj() or tensor.is_neg():
-        return Flaw(
+        return Unsupported(
             ValueError,
             "is a lazy conjugate or negative view: its memory does not hold its values",
             "Assign tensor.resolve_conj().resolve_neg() instead.",
         )
     if tensor.numel() and tensor.data_ptr() == 0:
-        return Flaw(
+        return Unsupported(
             ValueError,
             f"has no memory (device {tensor.device}, address 0), so it has no values",
             "Materialize it first: meta tensors with model.to_empty(device=...), storages freed by "
@@ -398,7 +318,7 @@ def flaw(tensor: Tensor) -> Flaw | None:
 
 
 def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
-    if (found := flaw(tensor)) is not None:
+    if (found := unsupported(tensor)) is not None:
         raise found.error(
             f"{kind} '{name}' {found.reason}, and can be neither averaged nor copied. "
             f"{found.remedy}"
@@ -406,10 +326,10 @@ def _check_kind(kind: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_layouts(name: str, online: Tensor | None, ema: Tensor | None) -> None:
-    if ema is not None and shards.layout(online) != shards.layout(ema):
+    if ema is not None and dtensor.sharding(online) != dtensor.sharding(ema):
         raise ValueError(
-            f"'{name}' is {shards.described(online)} in the online model but "
-            f"{shards.described(ema)} in the EMA model, so that a rank has other elements of the "
+            f"'{name}' is {dtensor.describe(online)} in the online model but "
+            f"{dtensor.describe(ema)} in the EMA model, so that a rank has other elements of the "
             "one than of the other. Build the EMA after the model is sharded, with an ema_model "
             "that is sharded likewise, or without: a sharded model needs none, see "
             "ModelEMA.swapped()."
@@ -427,7 +347,7 @@ def _check_shapes(name: str, online: Tensor | None, ema: Tensor | None) -> None:
         )
 
 
-def has_fractions(tensor: Tensor) -> bool:
+def is_averageable(tensor: Tensor) -> bool:
     """Whether an average means anything; integers and booleans are copied instead."""
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -450,12 +370,12 @@ def check_tensors(slots: Slots) -> None:
             _check_kind("buffer" if slot.is_buffer else "parameter", name, tensor)
 
 
-def check_groups(groups: Groups, slots: Slots, handle_buffers: str) -> None:
+def check_selection(selection: Selection, slots: Slots, handle_buffers: str) -> None:
     """Raise ValueError if one of the patterns would do nothing, or if all leave nothing."""
     found = {name: tensor for name, slot in slots.items() if (tensor := slot.read()) is not None}
     averaged = [
         name
         for name, tensor in found.items()
-        if has_fractions(tensor) and (handle_buffers == "update" or not slots[name].is_buffer)
+        if is_averageable(tensor) and (handle_buffers == "update" or not slots[name].is_buffer)
     ]
-    groups.check([name for name in slots if name in found or slots[name].is_buffer], averaged)
+    selection.check([name for name in slots if name in found or slots[name].is_buffer], averaged)

@@ -21,12 +21,12 @@ def is_sharded(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor: Any) -> Any:  # noqa: ANN401  # whatever is in a slot or a state
+def local_part(tensor: Any) -> Any:  # noqa: ANN401  # whatever is in a slot or a state
     """The plain tensor behind a `DTensor`: this rank's part of it; all else as it is."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
+def wrap_like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     """This rank's part as a tensor of the same kind as `whole`: sharded alike, a parameter or not.
 
     A part of another dtype, or with a last dimension more (a complex tensor's reals), will do.
@@ -54,22 +54,22 @@ def like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     return tensor
 
 
-def layout(tensor: Any) -> Hashable:  # noqa: ANN401
+def sharding(tensor: Any) -> Hashable:  # noqa: ANN401
     """How it is sharded, to be compared with how others are; None: it is not."""
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
-def counters(tensor: Any) -> list[Tensor]:  # noqa: ANN401
+def version_owners(tensor: Any) -> list[Tensor]:  # noqa: ANN401
     """What counts writes to it: a `DTensor` those through itself, its part the others."""
-    return [tensor, local(tensor)] if is_sharded(tensor) else [tensor]
+    return [tensor, local_part(tensor)] if is_sharded(tensor) else [tensor]
 
 
 def version(tensor: Any) -> int:  # noqa: ANN401
     """A number that grows with every write to it."""
-    return sum(0 if part.is_inference() else part._version for part in counters(tensor))
+    return sum(0 if part.is_inference() else part._version for part in version_owners(tensor))
 
 
-def described(tensor: Any) -> str:  # noqa: ANN401
+def describe(tensor: Any) -> str:  # noqa: ANN401
     """How it is sharded, for a message."""
     if not is_sharded(tensor):
         return "not sharded"
@@ -77,18 +77,18 @@ def described(tensor: Any) -> str:  # noqa: ANN401
     return f"sharded over {tensor.device_mesh.size()} ranks ({places})"
 
 
-def part_of(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
+def local_part_of(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     """This rank's part of a value, sharded as `whole` is.
 
     A value that is not sharded is the whole one, the same on every rank, and is sliced. One that is
     sharded in another way goes between the ranks: all of them have to call this.
     """
     if not is_sharded(whole):
-        return gathered(value) if is_sharded(value) else value
-    if layout(value) == layout(whole):
-        return local(value)  # type: ignore[no-any-return]
+        return full_tensor(value) if is_sharded(value) else value
+    if sharding(value) == sharding(whole):
+        return local_part(value)  # type: ignore[no-any-return]
     if is_sharded(value):
-        value = gathered(value)
+        value = full_tensor(value)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
@@ -99,16 +99,16 @@ def part_of(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     return value[tuple(slice(o, o + size) for o, size in zip(offset, shape, strict=True))]
 
 
-def gathered(tensor: Any) -> Tensor:  # noqa: ANN401
+def full_tensor(tensor: Any) -> Tensor:  # noqa: ANN401
     """The whole of a `DTensor`, on every rank, all of which have to call this."""
     if tensor.dtype != torch.int16:
         return tensor.full_tensor()  # type: ignore[no-any-return]
     # NCCL moves no int16; half-precision numbers are bits as good.
-    bits: Any = like(local(tensor).view(torch.bfloat16), tensor)
+    bits: Any = wrap_like(local_part(tensor).view(torch.bfloat16), tensor)
     return bits.full_tensor().view(torch.int16)  # type: ignore[no-any-return]
 
 
-def added_up(numbers: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
+def sum_over_ranks(numbers: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     """The sums of what the ranks found in their parts of `whole`, all of which have to call this.
 
     Ranks with the same part, as where it is replicated, count once.
@@ -118,7 +118,7 @@ def added_up(numbers: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     from torch.distributed.tensor import DTensor, Partial
 
     kinds = [place if place.is_replicate() else Partial() for place in whole.placements]
-    here = numbers.to(local(whole).device)
+    here = numbers.to(local_part(whole).device)
     return DTensor.from_local(here, whole.device_mesh, kinds, run_check=False).full_tensor()
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema_triton import shards
-from ema_triton.pairs import INTEGERS, REAL_DTYPE, clean_weights, flaw, listed, storage
-from ema_triton.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join
+from ema_triton.checkpoint import interop
+from ema_triton.checkpoint.interop import extract_weights
+from ema_triton.distributed import collectives, dtensor
+from ema_triton.modules import clean_weights
+from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join, split
+from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage, unsupported
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
+from ema_triton.state import EMAState
 
 # The format of ModelEMA.state_dict().
 VERSION = 2
@@ -103,7 +108,7 @@ class Saved(NamedTuple):
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
             return [f"'{name}' is a {type(weight).__name__}, not a tensor"]
-        if found := flaw(shards.local(weight)):
+        if found := unsupported(dtensor.local_part(weight)):
             return [f"'{name}' {found.reason}"]
         if weight.shape != own.shape:
             return [f"'{name}' is {tuple(weight.shape)} in the state but {tuple(own.shape)} here"]
@@ -115,7 +120,7 @@ class Saved(NamedTuple):
             residual, real = self.residuals[name], as_real(weight)
             if (
                 not isinstance(residual, Tensor)
-                or flaw(shards.local(residual))
+                or unsupported(dtensor.local_part(residual))
                 or residual.dtype != RESIDUAL_DTYPE.get(real.dtype)
                 or residual.shape != real.shape
             ):
@@ -151,11 +156,11 @@ class Saved(NamedTuple):
         remarks = []
         if rounded:
             remarks.append(
-                f"{listed(rounded)} had more digits than are kept here, and were rounded"
+                f"{quoted(rounded)} had more digits than are kept here, and were rounded"
             )
         if unknown:
             remarks.append(
-                f"what was rounded off {listed(unknown)} is not in a module's state dict, and the "
+                f"what was rounded off {quoted(unknown)} is not in a module's state dict, and the "
                 "exact EMA goes on from the weights as they are"
             )
         return values, remarks
@@ -205,3 +210,106 @@ def _loses_digits(value: Tensor, target: torch.dtype) -> bool:
         return False
     kept = value.to(target).to(value.dtype)
     return not bool(((kept == value) | (value != value)).all())
+
+
+def read_weights(
+    source: Mapping[str, Any] | str | os.PathLike[str], ema: EMAState
+) -> tuple[Saved, list[str]]:
+    """What is in a dict or a file of this or another library; and remarks on what is not.
+
+    Raises:
+        ValueError: It is not recognised, or damaged.
+        OSError: The file cannot be opened.
+    """
+    state: Any = source if isinstance(source, Mapping) else interop.read_file(source)
+    if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
+        return Saved.of(state)._replace(update_index=None, schedule=None), []
+    tied: dict[int, str] = {}  # tensors of other libraries may have no names, and an order
+    for name, slot in ema.slots().items():
+        if not slot.is_buffer and slot.whole() is not None:
+            tied.setdefault(id(slot.whole()), name)
+    found = extract_weights(state, ema.tensors(), [*tied.values()])
+    remarks = []
+    if found.kept:
+        remarks.append(f"{found.source} has no {quoted(found.kept)}, which stay as they are")
+    if found.updates:
+        remarks.append(
+            f"{found.source} counts {found.updates} updates: set update_index to go on with a "
+            "schedule from there"
+        )
+    return Saved(found.weights, {}, None, 0, 0, None, None), remarks
+
+
+def scatter_state(state: object, ema: EMAState) -> Saved:
+    """The parts of the whole state that rank 0 has, on every rank, all of which call this.
+
+    Args:
+        state: What was saved, on rank 0.
+        ema: The state to load it into.
+
+    Raises:
+        ValueError: On every rank, if on rank 0 it is no state or does not fit.
+    """
+    own = ema.tensors()
+
+    def checked() -> Saved:
+        found = Saved.of(state)
+        found.check_fit(own)
+        return found._replace(
+            weights=collectives.to_meta(found.weights),
+            residuals=collectives.to_meta(found.residuals),
+        )
+
+    hollow = collectives.on_rank0(checked)
+    found = Saved.of(state) if collectives.is_rank0() else hollow
+    return hollow._replace(
+        weights=collectives.scatter_from_rank0(hollow.weights, found.weights, own),
+        residuals=collectives.scatter_from_rank0(hollow.residuals, found.residuals, own),
+    )
+
+
+def load(found: Saved, ema: EMAState) -> list[str]:
+    """Check that what was saved fits an EMA, then write it into the EMA's state.
+
+    Args:
+        found: What was saved.
+        ema: The state.
+
+    Returns:
+        Remarks on what was lost, and what was not told.
+
+    Raises:
+        ValueError: Names or shapes do not fit.
+    """
+    own = ema.tensors()
+    found.check_fit(own)
+    found = found._replace(
+        weights={
+            name: dtensor.local_part_of(value, own[name]) for name, value in found.weights.items()
+        },
+        residuals={
+            name: dtensor.local_part_of(value, own[name]) for name, value in found.residuals.items()
+        },
+    )
+    parts = {name: dtensor.local_part(tensor) for name, tensor in own.items()}
+    exact = {
+        name: residual
+        for name, part in parts.items()
+        if (residual := ema.residual_of(name, part)) is not None
+    }
+    values, remarks = found.converted(parts, exact)
+    for name, value in values.items():
+        if name in exact:
+            split(value, as_real(parts[name]), exact[name])
+        else:
+            parts[name].copy_(value)
+    if ema.precision == "stochastic" and found.precision == "stochastic":
+        ema.set_random_state(found.seed, found.updates)
+    elif ema.precision == "stochastic" and found.precision is None:
+        remarks.append(
+            "a module's state dict does not tell from where stochastic rounding goes on, which "
+            f"keeps its seed {ema.seed} and its count of {ema.stochastic_updates} updates"
+        )
+    if found.update_index is not None:
+        ema.update_index = found.update_index
+    return remarks

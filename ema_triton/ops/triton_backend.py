@@ -6,10 +6,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ema_triton import kernels
-from ema_triton.kernels import ema_update
+from ema_triton.ops import kernels
+from ema_triton.ops.kernels import ema_update
+from ema_triton.ops.precision import overflow
 from ema_triton.plan import Launch
-from ema_triton.precision import overflow
 from ema_triton.state import ALIGNMENT
 
 # fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
@@ -89,7 +89,7 @@ def device_obstacle(device: torch.device) -> str | None:
 
 
 def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
-    bucket, kind, effective = launch.bucket, launch.kind, launch.effective(momentum)
+    bucket, kind, effective = launch.bucket, launch.kind, launch.effective_momentum(momentum)
     value, pointer = (effective, None) if isinstance(effective, float) else (0.0, effective)
     guarded = launch.skip_counts is not None
     with torch.accelerator.device_index(kind.device.index):  # on which Triton launches

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 
-class Groups(NamedTuple):
+class Selection(NamedTuple):
     """What the patterns of `ModelEMA` say of a tensor.
 
     A pattern is a name or a glob (`*`, `?`, `[ab]`) of a tensor, or of a module and so of all
@@ -28,7 +28,7 @@ class Groups(NamedTuple):
         include: str | Sequence[str] | None,
         exclude: str | Sequence[str],
         momentum_scale: Mapping[str, float] | None,
-    ) -> Groups:
+    ) -> Selection:
         """Check the patterns and the factors.
 
         Raises:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema_triton import shards
+from ema_triton.distributed import dtensor
 
 T = TypeVar("T")
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is rank 0, or the only process."""
     return not _in_group() or dist.get_rank() == 0
 
@@ -26,12 +26,12 @@ def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def from_first(make: Callable[[], T]) -> T:
+def on_rank0(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, where alone it is called, or raises there; on every rank."""
     if not _in_group():
         return make()
     outcome: list[Any] = [None, None]
-    if is_first():
+    if is_rank0():
         try:
             outcome[0] = make()
         except Exception as error:  # which the others wait for
@@ -42,22 +42,22 @@ def from_first(make: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_on_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors, copied to the CPU of rank 0, one after the other; elsewhere nothing."""
     found = {}
     for name, value in tensors.items():
-        whole = shards.gathered(value) if shards.is_sharded(value) else value
-        if is_first():
+        whole = dtensor.full_tensor(value) if dtensor.is_sharded(value) else value
+        if is_rank0():
             found[name] = whole.to("cpu", copy=True)
     return found
 
 
-def hollow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with tensors that have no values."""
     return {name: value.to("meta") for name, value in tensors.items()}
 
 
-def spread(
+def scatter_from_rank0(
     hollows: Mapping[str, Tensor], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The parts of rank 0's whole `tensors`, sharded as `own`; the other ranks' are not looked at.
@@ -69,11 +69,11 @@ def spread(
     """
     found = {}
     for name, value in hollows.items():
-        device = shards.local(own[name]).device
+        device = dtensor.local_part(own[name]).device
         whole = torch.empty(value.shape, dtype=value.dtype, device=device)
-        if is_first():
+        if is_rank0():
             whole.copy_(tensors[name])
         if _in_group():
             dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-        found[name] = shards.like(shards.part_of(whole, own[name]).clone(), own[name])
+        found[name] = dtensor.wrap_like(dtensor.local_part_of(whole, own[name]).clone(), own[name])
     return found

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_triton import shards
-from ema_triton.pairs import Pair
+from ema_triton.distributed import dtensor
+from ema_triton.pairing import Pair
 
 
 @dataclass(frozen=True, eq=False)
-class Watch:
+class Staleness:
     """Notices that an averaged tensor or a module was replaced, moved, cast, reshaped or added.
 
     Addresses tell, because the plan keeps every storage alive; sizes, strides and conjugation are
@@ -44,12 +44,12 @@ class Watch:
     sharded: list[bool]  # by slot; empty if none is
 
     @classmethod
-    def of_nothing(cls) -> Watch:
+    def unknown(cls) -> Staleness:
         """One that finds whatever there is stale."""
         return cls([{}], ["nothing"], [], [], [], [], [], [], [], [], [], [], [], [])
 
     @classmethod
-    def over(cls, model: nn.Module, ema_model: nn.Module | None, pairs: list[Pair]) -> Watch:
+    def over(cls, model: nn.Module, ema_model: nn.Module | None, pairs: list[Pair]) -> Staleness:
         """Remember the models and the pairs' tensors as they are now."""
         modules = [*model.modules()]
         ema_modules = [] if ema_model is None else ema_model.modules()
@@ -64,7 +64,7 @@ class Watch:
         online = strided + [slot for pair in vectors for slot in pair.online_slots]
         slots = online + [slot for pair in pairs for slot in pair.ema_slots]
         tensors: list[Any] = [slot.read() for slot in slots]
-        sharded = [shards.is_sharded(slot.whole()) for slot in slots]
+        sharded = [dtensor.is_sharded(slot.whole()) for slot in slots]
         return cls(
             owners=[slot.owner for slot in slots],
             keys=[slot.key for slot in slots],
@@ -156,7 +156,7 @@ class Copies:
             ema=[pair.ema for pair in pairs],
             runs=[*map(slice, [0, *ends], ends)],
             sharded=any(
-                shards.is_sharded(slot.whole())
+                dtensor.is_sharded(slot.whole())
                 for pair in pairs
                 for slot in (pair.online_slots[0], pair.ema_slots[0])
             ),
@@ -168,7 +168,7 @@ class Copies:
             online = [*map(getitem, self.owners, self.keys)]
             ema = [*map(getitem, self.ema_owners, self.ema_keys)]
             if self.sharded:
-                online, ema = [*map(shards.local, online)], [*map(shards.local, ema)]
+                online, ema = [*map(dtensor.local_part, online)], [*map(dtensor.local_part, ema)]
             if (
                 [*map(Tensor.size, online)] == self.sizes
                 and [*map(_kind, online)] == self.kinds

@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ema_triton.noise import Noise
+from ema_triton.ops.philox import Noise
+from ema_triton.ops.precision import Scratch, join, narrow_stochastic, overflow, pieces, split
 from ema_triton.plan import Launch
-from ema_triton.precision import Scratch, join, narrow_stochastic, overflow, pieces, split
 from ema_triton.state import ALIGNMENT, CHUNK
 
 # Elements in the scratch: 4 MiB of fp32 for each side that needs widening. For 25 M bf16 into fp32
@@ -40,7 +40,7 @@ def update(launch: Launch, momentum: float | Tensor) -> None:
         momentum: The weight of the online tensors: a float, or a 0-d tensor on their device.
     """
     kind, compute = launch.kind, _compute_dtype(launch)
-    momentum = launch.effective(momentum)
+    momentum = launch.effective_momentum(momentum)
     if launch.skip_counts is None and launch.bucket.random_state is None and _copies(momentum):
         copy(launch)
         return
