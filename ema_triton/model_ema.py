@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -108,7 +108,6 @@ class ModelEMA:
         handle_buffers: As given.
         precision: As given.
         nonfinite: As given.
-        update_index: The number of updates made. (Replays of a captured CUDA graph are not seen.)
 
     Raises:
         ValueError: An argument is not one of the accepted values; the model is not a Module; names
@@ -189,14 +188,10 @@ class ModelEMA:
             RuntimeError: There is none: with as_module=False, and of a sharded model.
         """
         if self._state.module is None:
-            reason, remedy = (
-                (
-                    "The model is sharded, so that its EMA is kept in parts",
-                    "give one that is sharded likewise",
-                )
-                if are_sharded(self._state.slots())
-                else ("The EMA was built with as_module=False", "build it with as_module=True")
-            )
+            reason, remedy = "The EMA was built with as_module=False", "leave as_module out"
+            if are_sharded(self._state.slots()):
+                reason = "The model is sharded, so that its EMA is kept in parts"
+                remedy = "give an ema_model that is sharded likewise"
             raise RuntimeError(
                 f"{reason}, and there is no ema_model. Evaluate the online model with the EMA's "
                 f"weights (with ema.swapped() as model: ...), or {remedy}."
@@ -543,7 +538,7 @@ class ModelEMA:
         """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
-            self._current_plan()  # so that tensors which others put there are the state's again
+            self._current_plan()  # replaced tensors are in the state's buckets again
             with DeferSigint():
                 lost = [*load(found, self._state), *remarks]
                 self._plan.bump_versions()
@@ -569,7 +564,7 @@ class ModelEMA:
             return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
-        """All of it in one piece, while no other thread updates."""
+        """Copy it as a whole, while no other thread updates."""
         with self._lock:
             twin = memo[id(self)] = type(self).__new__(type(self))
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -675,26 +670,19 @@ class ModelEMA:
                 "would keep old addresses. Call update() once after the last change of the models, "
                 "then capture."
             )
-        # An update on another stream may still be writing the EMA, which is read here.
-        self._wait_for_devices()
+        devices = {bucket.kind.device for bucket in self._state.buckets}
+        _synchronize(devices)  # updates on other streams may still be writing the EMA
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             pairs = self._pairs(online, ema_dtype)
             self._state.lay_out(pairs, ema_dtype)
             plan = make_plan(self._state, pairs, self.model)
-            # What reads memory that is freed with the old plan: copies into new buckets.
-            self._wait_for_devices()
+            _synchronize(devices)  # with the last plan, memory is freed that is being copied
             choose(self._requested_backend, plan)
         if plan.reason != self._plan.reason:
             logger.info("EMA backend: %s (%s)", plan.backend, plan.reason)
         self._plan = plan
         return plan
-
-    def _wait_for_devices(self) -> None:
-        """Wait until all streams have done what the EMA's tensors are in use for."""
-        for device in {bucket.kind.device for bucket in self._state.buckets}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
     def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:
         for launch in plan.launches:
@@ -721,6 +709,12 @@ class ModelEMA:
                         "rounds away.",
                         stacklevel=5,  # past the two frames of _disable_dynamo
                     )
+
+
+def _synchronize(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _copy_online(plan: Plan, online: list[Tensor]) -> None:

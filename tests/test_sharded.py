@@ -440,7 +440,7 @@ REFUSED = {
         RuntimeError,
         "The model is sharded, so that its EMA is kept in parts, and there is no ema_model. "
         "Evaluate the online model with the EMA's weights (with ema.swapped() as model: ...), "
-        "or give one that is sharded likewise.",
+        "or give an ema_model that is sharded likewise.",
     ),
     of_sums: (
         ValueError,
