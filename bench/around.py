@@ -17,7 +17,6 @@ from bench.jobs import gib
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line
 from bench.models import Model, make_module
-from bench.peers import ours_triton
 from bench.results import Lines, Spread
 from bench.run import (
     QUICK_ROUNDS,
@@ -87,9 +86,8 @@ def needed(model: Model, case: Case, stage: tuple[str, ...]) -> int:
     total = jobs.sizes(model, case)
     emas = (GUARDED in stage) + ({GUARDED} != {*stage})
     kept = total.online + emas * total.ema
-    building = kept - total.ema + ours_triton.memory(total).building
     beside = jobs.copies(model, case) if COPY in stage else 0
-    return max(building, kept + beside + (total.ema if CLONED in stage else 0))
+    return kept + beside + (total.ema if CLONED in stage else 0)
 
 
 def measured(

@@ -25,7 +25,6 @@ from bench.candidates import candidate
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject
 from bench.models import Model, make_module
-from bench.peers import ours_triton
 from bench.results import LIMIT, Lines, Spread
 from bench.run import CASES as RUN_CASES
 from bench.run import Case, add_resume, chosen_device, progress, selected, selected_models
@@ -161,7 +160,7 @@ def rows(
     built = total.online + total.ema
     compared = 2 * case.stored + 1  # per element: before, expected, and where they are equal
     beside = max(jobs.copies(model, case), LEAST_PIECE * compared)
-    need = max(total.online + ours_triton.memory(total).building, built + beside)
+    need = built + beside
     if need > room:
         yield f"skipped: it needs {jobs.gib(need)}, of {jobs.gib(memory)} that are free"
         return

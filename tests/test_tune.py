@@ -157,10 +157,11 @@ def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch: pytest.Monkey
     def rows(size: int) -> list[str]:
         return [*tune.rows(model, case, stopwatch, int(size / jobs.CPU_SHARE) + 1)]
 
-    # Built beside a copy of the model, then compared in what that leaves; the least of both.
-    assert rows(12 * elements) == ["failed: RuntimeError: stop"]
-    assert asked == [elements * 4 // 9]
-    (reason,) = rows(12 * elements - 9)
+    # The model and its EMA, 8 bytes per element; 9 more for those that are compared at a time.
+    least = 8 * elements + 9 * tune.LEAST_PIECE
+    assert rows(least) == ["failed: RuntimeError: stop"]
+    assert asked == [tune.LEAST_PIECE]
+    (reason,) = rows(least - 9)
     assert reason == "skipped: it needs 0.0 GiB, of 0.0 GiB that are free"
     assert len(asked) == 1
     rows(40 * elements)
