@@ -32,7 +32,7 @@ class Model:
     big: bool = False
 
     @property
-    def memory_key(self) -> int:
+    def elements(self) -> int:
         """How many parameters the model has."""
         return sum(map(math.prod, self.shapes.values()))
 

@@ -213,7 +213,7 @@ def test_pieces_are_compared_where_whole_copies_do_not_fit(
         for _, offset, length, _ in changed.chunk_table.tolist():
             one.bucket.flat[offset : offset + length // 2].mul_(1 - momentum)
 
-    monkeypatch.setattr(tune.launch, "_launch", launch)
+    monkeypatch.setattr(tune.triton_backend, "_launch", launch)
     table = one.table(4096)
     compared = []
 
