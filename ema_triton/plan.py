@@ -60,7 +60,7 @@ class Launch:
     def of(cls, bucket: Bucket, members: list[int], pairs: Sequence[Pair]) -> Launch:
         """For pairs that are alike in all that a launch has in common."""
         sources = [as_real(pair.online) for pair in pairs]
-        targets = [bucket.places[index] for index in members]
+        targets = [bucket.views[index] for index in members]
         dense = pairs[0].dense
         if dense:
             sources, targets = (
@@ -137,13 +137,13 @@ class Launch:
 class Plan:
     """Everything an update does: make the copies, average with every launch.
 
-    `kept` pairs are buffers that only `sync` copies. `backend` is the name of what runs the
-    launches, and `reason` says why; `backend.choose` sets both.
+    `ema_buffers` are the EMA model's own, which only `sync` copies. `backend` is the name of what
+    runs the launches, and `reason` says why; `backend.choose` sets both.
     """
 
     launches: list[Launch]
     copies: Copies
-    kept: list[Pair]
+    ema_buffers: list[Pair]
     averaged: list[Pair]
     random_states: list[Tensor]
     staleness: Staleness
@@ -194,7 +194,7 @@ def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
     return Plan(
         launches=launches_of(state, pairs.averaged),
         copies=Copies.of(pairs.copied),
-        kept=pairs.kept,
+        ema_buffers=pairs.ema_buffers,
         averaged=pairs.averaged,
         random_states=[b.random_state for b in state.buckets if b.random_state is not None],
         staleness=Staleness.over(model, state.module, pairs.averaged),
@@ -209,8 +209,9 @@ def launches_of(state: EMAState, averaged: Sequence[Pair]) -> list[Launch]:
         alike: dict[tuple[torch.dtype, bool, float | None], list[int]] = {}
         for index, name in enumerate(bucket.names):
             pair = by_name[name]
-            key = REAL_DTYPE[pair.online.dtype], pair.dense, pair.scale
-            alike.setdefault(key, []).append(index)
+            if pair.online.numel():
+                key = REAL_DTYPE[pair.online.dtype], pair.dense, pair.scale
+                alike.setdefault(key, []).append(index)
         for members in alike.values():
             pairs = [by_name[bucket.names[index]] for index in members]
             found.append(Launch.of(bucket, members, pairs))

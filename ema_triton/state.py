@@ -53,9 +53,9 @@ class Bucket:
         names: Of each, the first name.
         flat: The buffer.
         offsets: Where each tensor starts in it.
-        places: Its elements there, as reals, in the EMA tensor's shape.
+        views: Its elements there, as reals, in the EMA tensor's shape.
         residual: What an exact EMA keeps beside `flat`, laid out likewise.
-        residuals: Each tensor's part of it.
+        residual_views: Each tensor's elements there.
         random_state: int64 [2], where rounding is stochastic: seed, and number of updates made.
         skip_counts: int64, where non-finite values are skipped: one per chunk.
     """
@@ -64,16 +64,28 @@ class Bucket:
     names: list[str]
     flat: Tensor
     offsets: list[int]
-    places: list[Tensor]
+    views: list[Tensor]
     residual: Tensor | None
-    residuals: list[Tensor]
+    residual_views: list[Tensor]
     random_state: Tensor | None
     skip_counts: Tensor | None
+
+    def is_whole(self) -> bool:
+        """Whether the views are still in the buffer.
+
+        Sharing memory with other processes moves a storage, and all tensors over it.
+        """
+        begin, size = self.flat.data_ptr(), self.flat.itemsize
+        return all(
+            view.data_ptr() == begin + offset * size
+            for view, offset in zip(self.views, self.offsets, strict=True)
+            if view.numel()
+        )
 
     @cached_property
     def chunks(self) -> list[int]:
         """How many chunks each tensor has."""
-        return [chunks_of(place.numel()) for place in self.places]
+        return [chunks_of(view.numel()) for view in self.views]
 
     @cached_property
     def first_chunks(self) -> list[int]:
@@ -193,70 +205,63 @@ class EMAState:
         return counts
 
     def lay_out(self, pairs: Pairs, ema_dtype: torch.dtype | None = None) -> None:
-        """Put the EMA tensors on the online tensors' devices, the averaged ones into buckets.
+        """Move the EMA tensors to the online tensors' devices, the averaged ones into buckets.
 
-        A bucket whose tensors are all in place stays. Nothing changes before the last check.
+        A bucket stays if its tensors are all where they were. Nothing changes before the last
+        check.
 
         Args:
-            pairs: Of the online model and this state, of now.
+            pairs: All pairs of the online model and this state.
             ema_dtype: Cast the real floating EMA tensors to it; None leaves their dtypes.
 
         Raises:
             ValueError: A given sharded EMA model does not lie as the online one does.
         """
         if not self._order:
-            # Side by side what has one momentum, and small tensors first: the foreach backend
-            # gathers them. It is no matter of dtypes: a cast changes no random number.
+            # Tensors of one momentum are neighbours, small ones first: the foreach backend gathers
+            # them. Dtypes do not matter, so that a cast changes no random number.
             pairs.averaged.sort(key=lambda pair: (str(pair.scale), pair.online.numel()))
-        order = dict.fromkeys([*self._order, *(pair.name for pair in pairs.averaged)])
-        number = {name: index for index, name in enumerate(order)}
+        names = (pair.name for pair in pairs.averaged)
+        order = dict.fromkeys([*self._order, *names])
         self._order = [*order]
-
+        number = {name: index for index, name in enumerate(order)}
         grouped: dict[tuple[Kind, str | None], list[Pair]] = {}
-        residuals: dict[str, Tensor] = {}
         for pair in sorted(pairs.averaged, key=lambda pair: number[pair.name]):
             kind = self._kind(pair, ema_dtype)
-            alone = pair.name if self._stays(pair, kind) else None
-            if pair.online.numel():
-                grouped.setdefault((kind, alone), []).append(pair)
-            elif kind.precision == "exact":
-                empty = as_real(pair.online).new_empty(
-                    as_real(pair.ema).shape, dtype=RESIDUAL_DTYPE[kind.dtype]
-                )
-                residuals |= dict.fromkeys(pair.names, empty)
-        counted, self._stochastic_updates = self.skip_counts(), self.stochastic_updates
-        # EMA tensors, and what their data becomes. Those in buckets keep all their digits until
-        # they are there: an exact one has more than its own dtype can hold.
-        moves: list[tuple[Tensor, Tensor]] = []
-        empty_ones = [pair for pair in pairs.averaged if not pair.online.numel()]
-        for pair in empty_ones + pairs.copied + pairs.kept:
+            alone = pair.name if self._keeps_memory(pair, kind) else None
+            grouped.setdefault((kind, alone), []).append(pair)
+        skipped, self._stochastic_updates = self.skip_counts(), self.stochastic_updates
+        # Exact tensors have more digits than their dtype, and so are cast by their bucket alone;
+        # copied ones are right already.
+        new_data = []
+        for pair in pairs.ema_buffers:
             dtype = ema_dtype if pair.ema.is_floating_point() else None
-            if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
-                moved = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
-                moves.append((pair.ema, moved))
+            new_data.append((pair.ema, pair.ema.data.to(pair.online.device, dtype)))
         buckets = [
-            self._in_place(kind, members) or self._laid(kind, members, alone is not None)
+            self._matching_bucket(kind, members)
+            or self._new_bucket(kind, members, alone is not None)
             for (kind, alone), members in grouped.items()
         ]
         # From here on tensors change, and nothing fails.
+        residuals: dict[str, Tensor] = {}
         for bucket, members in zip(buckets, grouped.values(), strict=True):
             if bucket.skip_counts is not None:
                 bucket.skip_counts.zero_()
-            for index, (pair, place) in enumerate(zip(members, bucket.places, strict=True)):
-                if memory_key(as_real(pair.ema)) != memory_key(place):
-                    data = torch.view_as_complex(place) if bucket.kind.is_complex else place
-                    moves.append((pair.ema, data))
+            for index, (pair, view) in enumerate(zip(members, bucket.views, strict=True)):
+                data = torch.view_as_complex(view) if bucket.kind.is_complex else view
+                new_data.append((pair.ema, data))
                 if bucket.residual is not None:
-                    residuals |= dict.fromkeys(pair.names, bucket.residuals[index])
-        for tensor, data in moves:
-            tensor.data = data
-        for pair in pairs.averaged + pairs.copied + pairs.kept:
+                    residuals |= dict.fromkeys(pair.names, bucket.residual_views[index])
+        for tensor, data in new_data:
+            if memory_key(tensor) != memory_key(data):
+                tensor.data = data
+        for pair in pairs.averaged + pairs.copied + pairs.ema_buffers:
             for slot in pair.ema_slots:
                 slot.write(pair.ema, like=pair.online_slots[0].whole())
         self.buckets, self.residuals = buckets, residuals
         self._copied = [pair.ema for pair in pairs.copied]
         self._skipped = {
-            pair.name: counted.get(pair.name, 0)
+            pair.name: skipped.get(pair.name, 0)
             for pair in pairs.averaged
             if pair.scale is not None
         }
@@ -269,7 +274,7 @@ class EMAState:
         precision = self.precision if rounds else "nearest"
         return Kind(pair.online.device, ema_dtype, is_complex, precision)
 
-    def _stays(self, pair: Pair, kind: Kind) -> bool:
+    def _keeps_memory(self, pair: Pair, kind: Kind) -> bool:
         """Whether the EMA tensor keeps its memory, which others read: a bucket of its own.
 
         Of a sharded EMA model, FSDP2 gathers from where the parts are; and tensors in shared memory
@@ -292,65 +297,62 @@ class EMAState:
             return True
         return fits and ema.device.type == "cpu" and ema.is_shared()  # type: ignore[no-untyped-call]
 
-    def _in_place(self, kind: Kind, pairs: Sequence[Pair]) -> Bucket | None:
-        """The bucket in which all these EMA tensors lie already, with the strides to have."""
-        lie = [(memory_key(as_real(pair.ema)), _strides(pair)) for pair in pairs]
+    def _matching_bucket(self, kind: Kind, pairs: Sequence[Pair]) -> Bucket | None:
+        """The bucket that has all these EMA tensors already, with the strides to have."""
+        names = [pair.name for pair in pairs]
+        keys = [(memory_key(as_real(pair.ema)), _strides(pair)) for pair in pairs]
         for bucket in self.buckets:
-            begin, size = bucket.flat.data_ptr(), bucket.flat.itemsize
             if (
-                bucket.kind == kind
-                and bucket.names == [pair.name for pair in pairs]
-                and lie == [(memory_key(place), place.stride()) for place in bucket.places]
-                # Sharing memory with other processes moves a storage, with all that views it.
-                and [place.data_ptr() for place in bucket.places]
-                == [begin + offset * size for offset in bucket.offsets]
+                (bucket.kind, bucket.names) == (kind, names)
+                and keys == [(memory_key(view), view.stride()) for view in bucket.views]
+                and bucket.is_whole()
             ):
                 return bucket
         return None
 
-    def _laid(self, kind: Kind, pairs: Sequence[Pair], stays: bool) -> Bucket:
-        """A new bucket with the EMA tensors' values, which are still where they were."""
-        align = 1 if stays else ALIGNMENT // kind.dtype.itemsize
+    def _new_bucket(self, kind: Kind, pairs: Sequence[Pair], *, keeps_memory: bool) -> Bucket:
+        """A bucket with the EMA tensors' values, which are still where they were."""
+        align = 1 if keeps_memory else ALIGNMENT // kind.dtype.itemsize
         shapes = [as_real(pair.online).shape for pair in pairs]
         strides = [_strides(pair) for pair in pairs]
         padded = [-(-shape.numel() // align) * align for shape in shapes]
         *offsets, total = accumulate(padded, initial=0)
 
-        def places_in(flat: Tensor) -> list[Tensor]:
-            laid = zip(shapes, strides, offsets, strict=True)
-            return [_place(flat, shape, stride, offset) for shape, stride, offset in laid]
+        def views_of(flat: Tensor) -> list[Tensor]:
+            each = zip(shapes, strides, offsets, strict=True)
+            return [_view(flat, shape, stride, offset) for shape, stride, offset in each]
 
-        if stays:
-            places = [as_real(pairs[0].ema)]
-            flat = places[0].as_strided((total,), (1,))
+        if keeps_memory:
+            views = [as_real(pairs[0].ema)]
+            flat = views[0].as_strided((total,), (1,))
         else:
             flat = torch.zeros(total, dtype=kind.dtype, device=kind.device)
-            places = places_in(flat)
-        residual, residuals = None, list[Tensor]()
+            views = views_of(flat)
+        residual, residual_views = None, list[Tensor]()
         if kind.precision == "exact":
             residual = torch.zeros_like(flat, dtype=RESIDUAL_DTYPE[kind.dtype])
-            residuals = places_in(residual)
+            residual_views = views_of(residual)
         for index, pair in enumerate(pairs):
-            known = None if pair.new else self.residual_of(pair.name, pair.ema)
             weight = as_real(pair.online if pair.new else pair.ema)
-            if residual is not None:
-                old = weight if known is None else known.to(weight.device)
-                parts = weight, old, places[index], residuals[index]
-                for part, old_part, place, rest in pieces(*parts, size=PIECE):
-                    value = part.float() if known is None else join(part, old_part)
-                    split(value.to(kind.device, copy=True), place, rest)
-            elif not stays:
-                places[index].copy_(weight)
-        skip_counts = None
+            if residual is None:
+                if not keeps_memory:
+                    views[index].copy_(weight)
+                continue
+            old = None if pair.new else self.residual_of(pair.name, pair.ema)
+            parts = [weight, views[index], residual_views[index]]
+            parts += [] if old is None else [old.to(weight.device)]
+            for part, view, residual_view, *old_part in pieces(*parts, size=PIECE):
+                value = join(part, old_part[0]) if old_part else part.float()
+                split(value.to(kind.device, copy=True), view, residual_view)
+        skip_counts = random_state = None
         if self.guarded:
             chunks = sum(chunks_of(shape.numel()) for shape in shapes)
             skip_counts = torch.zeros(chunks, dtype=torch.int64, device=kind.device)
         names = [pair.name for pair in pairs]
-        random_state = None
         if kind.precision == "stochastic":
             random_state = self._random_state(names[0]).to(kind.device)
         return Bucket(
-            kind, names, flat, offsets, places, residual, residuals, random_state, skip_counts
+            kind, names, flat, offsets, views, residual, residual_views, random_state, skip_counts
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -370,8 +372,8 @@ def _strides(pair: Pair) -> tuple[int, ...]:
     return real.stride() if pair.dense else torch.empty(real.shape, device="meta").stride()
 
 
-def _place(flat: Tensor, shape: torch.Size, stride: Sequence[int], offset: int) -> Tensor:
-    """A tensor over a part of the buffer, with a storage of its own that keeps the buffer alive."""
+def _view(flat: Tensor, shape: torch.Size, stride: Sequence[int], offset: int) -> Tensor:
+    """A part of the buffer, with a storage of its own that keeps the buffer alive."""
     begin = offset * flat.itemsize
     storage = flat.untyped_storage()[begin : begin + shape.numel() * flat.itemsize]
     return torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage, 0, shape, stride)

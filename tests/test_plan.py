@@ -104,7 +104,7 @@ def test_chunk_offsets_beyond_int32_do_not_wrap() -> None:
         only_launch(ModelEMA(nn.Linear(1, 1))).bucket,
         names=["a", "b"],
         offsets=[0, size],
-        places=[tensor] * 2,
+        views=[tensor] * 2,
     )
     launch = Launch(bucket, [0, 1], torch.float32, True, 1.0, [tensor] * 2, [tensor] * 2)
     _, offset, packed, number = launch.chunk_table[-1].tolist()
