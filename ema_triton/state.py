@@ -239,7 +239,7 @@ class EMAState:
             new_data.append((pair.ema, pair.ema.data.to(pair.online.device, dtype)))
         buckets = [
             self._matching_bucket(kind, members)
-            or self._new_bucket(kind, members, alone is not None)
+            or self._new_bucket(kind, members, keeps_memory=alone is not None)
             for (kind, alone), members in grouped.items()
         ]
         # From here on tensors change, and nothing fails.
