@@ -68,7 +68,7 @@ class Pairs(NamedTuple):
 
     averaged: list[Pair]
     copied: list[Pair]  # at every update, one for each slot
-    ema_buffers: list[Pair]  # the EMA model's own, which only a sync copies
+    sync_only: list[Pair]  # the EMA model's own, which only a sync copies
 
 
 def pair_models(

@@ -234,7 +234,7 @@ class EMAState:
         # Exact tensors have more digits than their dtype, and so are cast by their bucket alone;
         # copied ones are right already.
         new_data = []
-        for pair in pairs.ema_buffers:
+        for pair in pairs.sync_only:
             dtype = ema_dtype if pair.ema.is_floating_point() else None
             new_data.append((pair.ema, pair.ema.data.to(pair.online.device, dtype)))
         buckets = [
@@ -255,7 +255,7 @@ class EMAState:
         for tensor, data in new_data:
             if memory_key(tensor) != memory_key(data):
                 tensor.data = data
-        for pair in pairs.averaged + pairs.copied + pairs.ema_buffers:
+        for pair in pairs.averaged + pairs.copied + pairs.sync_only:
             for slot in pair.ema_slots:
                 slot.write(pair.ema, like=pair.online_slots[0].whole())
         self.buckets, self.residuals = buckets, residuals

@@ -38,7 +38,7 @@ class Swap:
         online = plan.copies.read()
         assert online is not None  # the plan is not stale
         kept = [
-            (pair.online_slots[0].read(), pair.ema_slots[0].read()) for pair in plan.ema_buffers
+            (pair.online_slots[0].read(), pair.ema_slots[0].read()) for pair in plan.sync_only
         ]
         # Online tensors that wait, and what they hold meanwhile.
         self._aside = [
