@@ -728,7 +728,7 @@ def _copy_online(plan: Plan, online: list[Tensor]) -> None:
     plan.copies.write(online)
     for launch in plan.launches:
         foreach_backend.copy(launch)
-    for pair in plan.kept:
+    for pair in plan.sync_only:
         current = pair.online_slots[0].read()
         if current is not None:
             for slot in pair.ema_slots:

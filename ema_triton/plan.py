@@ -137,13 +137,13 @@ class Launch:
 class Plan:
     """Everything an update does: make the copies, average with every launch.
 
-    `kept` pairs are buffers that only `sync` copies. `backend` is the name of what runs the
+    `sync_only` pairs are buffers that only `sync` copies. `backend` is the name of what runs the
     launches, and `reason` says why; `backend.choose` sets both.
     """
 
     launches: list[Launch]
     copies: Copies
-    kept: list[Pair]
+    sync_only: list[Pair]
     averaged: list[Pair]
     random_states: list[Tensor]
     staleness: Staleness
@@ -194,7 +194,7 @@ def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
     return Plan(
         launches=launches_of(state, pairs.averaged),
         copies=Copies.of(pairs.copied),
-        kept=pairs.kept,
+        sync_only=pairs.sync_only,
         averaged=pairs.averaged,
         random_states=[b.random_state for b in state.buckets if b.random_state is not None],
         staleness=Staleness.over(model, state.module, pairs.averaged),

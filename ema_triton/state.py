@@ -229,7 +229,7 @@ class EMAState:
         # they are there: an exact one has more than its own dtype can hold.
         moves: list[tuple[Tensor, Tensor]] = []
         empty_ones = [pair for pair in pairs.averaged if not pair.online.numel()]
-        for pair in empty_ones + pairs.copied + pairs.kept:
+        for pair in empty_ones + pairs.copied + pairs.sync_only:
             dtype = ema_dtype if pair.ema.is_floating_point() else None
             if pair.ema.device != pair.online.device or dtype not in (None, pair.ema.dtype):
                 moved = pair.ema.data.to(pair.online.device, dtype or pair.ema.dtype)
@@ -250,7 +250,7 @@ class EMAState:
                     residuals |= dict.fromkeys(pair.names, bucket.residuals[index])
         for tensor, data in moves:
             tensor.data = data
-        for pair in pairs.averaged + pairs.copied + pairs.kept:
+        for pair in pairs.averaged + pairs.copied + pairs.sync_only:
             for slot in pair.ema_slots:
                 slot.write(pair.ema, like=pair.online_slots[0].whole())
         self.buckets, self.residuals = buckets, residuals
