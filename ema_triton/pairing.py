@@ -85,9 +85,7 @@ def pair_models(
         TypeError: A tensor is of a kind that cannot be averaged.
         NotImplementedError: A tensor keeps its data in other tensors.
     """
-    online_names = {name for name in online if online[name].whole() is not None}.difference(
-        left_out
-    )
+    online_names = {name for name in online.keys() - left_out if online[name].whole() is not None}
     ema_names = {name for name in ema if ema[name].whole() is not None}
     if new:
         ema_names = online_names & ema.keys()
@@ -211,10 +209,10 @@ def _merge_tied(pairs: list[Pair]) -> list[Pair]:
 
 
 def _give_own_storage(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: set[int]) -> None:
-    """Make each EMA tensor a contiguous one that is not tied, so that a copy changes nothing else.
+    """Give each EMA tensor contiguous memory of its own, so that a copy changes nothing else.
 
     Floating tensors keep the EMA's dtype, or get `ema_dtype`; others have the online tensor's.
-    Tensors whose id is in `owned` are so already.
+    Tensors whose id is in `owned` have such memory already.
     """
     for pair in pairs:
         online, ema = pair.online, pair.ema
@@ -224,7 +222,7 @@ def _give_own_storage(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: s
         if id(ema) in owned and (ema.dtype, ema.device) == (dtype, online.device):
             owned.discard(id(ema))  # a second slot with it gets a copy
         else:
-            # The EMA's values, unless there are none, or none that convert: a copy follows anyway.
+            # Values that cannot be cast may be lost: the next copy overwrites them.
             keeps = not pair.new and torch.can_cast(ema.dtype, dtype)
             pair.ema = own_copy(ema if keeps else online, dtype, online.device)
 

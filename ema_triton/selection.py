@@ -29,7 +29,7 @@ class Selection(NamedTuple):
         exclude: str | Sequence[str],
         momentum_scale: Mapping[str, float] | None,
     ) -> Selection:
-        """Check the types of the patterns and the factors.
+        """Check the patterns and the factors, but not yet whether a pattern matches.
 
         Raises:
             TypeError: Patterns are not strings, or factors not numbers.
@@ -74,11 +74,10 @@ class Selection(NamedTuple):
         ):
             for pattern in patterns:
                 if not _any_match(prefixes, [pattern]):
-                    near = get_close_matches(pattern, prefixes, n=3) or names[:3]
+                    near = get_close_matches(pattern, prefixes, n=3) or names[:3] or ["none"]
                     raise ValueError(
                         f"{argument}: {pattern!r} matches no parameter, buffer or module of the "
-                        "model, so it would do nothing. "
-                        f"Names of the model are, for example, {', '.join(near)}."
+                        f"model, so it would do nothing. Its names are, e.g., {', '.join(near)}."
                     )
         if self.include is not None and all(self.scale([name]) is None for name in averaged):
             raise ValueError(

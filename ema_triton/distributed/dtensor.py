@@ -30,7 +30,7 @@ def wrap_like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     """A `DTensor` around this rank's part, sharded as `whole` is; a parameter if `whole` is one.
 
     The part may have another dtype, and one more dimension at the end (a complex tensor's reals).
-    Where `whole` is not sharded, the part is all of the tensor.
+    Where `whole` is not sharded, the part is returned as it is.
     """
     if not is_sharded(whole):
         return part
@@ -98,7 +98,7 @@ def shard_like(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
 
 
 def full_tensor(tensor: Any) -> Tensor:  # noqa: ANN401
-    """All elements of a `DTensor`, gathered on every rank: all have to call this; others as is."""
+    """A `DTensor` gathered on every rank, all of which have to call this; a plain one as it is."""
     if not is_sharded(tensor):
         return tensor  # type: ignore[no-any-return]
     if tensor.dtype != torch.int16:
