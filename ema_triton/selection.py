@@ -1,4 +1,4 @@
-"""Which tensors are averaged, and with which share of the momentum: chosen by name."""
+"""Which tensors are averaged, and with which factor of the momentum: chosen by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Selection(NamedTuple):
-    """What the patterns of `ModelEMA` say of a tensor.
+    """The arguments `include`, `exclude` and `momentum_scale` of `ModelEMA`.
 
     A pattern is a name or a glob (`*`, `?`, `[ab]`) of a tensor, or of a module and so of all
     tensors in it.
@@ -29,7 +29,7 @@ class Selection(NamedTuple):
         exclude: str | Sequence[str],
         momentum_scale: Mapping[str, float] | None,
     ) -> Selection:
-        """Check the patterns and the factors.
+        """Check the patterns and the factors, but not yet whether a pattern matches.
 
         Raises:
             TypeError: Patterns are not strings, or factors not numbers.
@@ -41,6 +41,7 @@ class Selection(NamedTuple):
                 f"momentum_scale must map patterns to factors, but got {momentum_scale!r}. Give "
                 "e.g. {'backbone': 0.1}."
             )
+        _patterns("momentum_scale", [*scales])
         for pattern, factor in scales.items():
             if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
                 raise TypeError(
@@ -55,11 +56,7 @@ class Selection(NamedTuple):
         return cls(
             None if include is None else _patterns("include", include),
             _patterns("exclude", exclude),
-            tuple(
-                zip(
-                    _patterns("momentum_scale", [*scales]), map(float, scales.values()), strict=True
-                )
-            ),
+            tuple((pattern, float(factor)) for pattern, factor in scales.items()),
         )
 
     def check(self, names: Sequence[str], averaged: Sequence[str]) -> None:
@@ -69,22 +66,19 @@ class Selection(NamedTuple):
             names: Of all parameters and buffers.
             averaged: Of those that would be averaged without patterns.
         """
-        patterns = {
-            "include": self.include or (),
-            "exclude": self.exclude,
-            "momentum_scale": [pattern for pattern, _ in self.momentum_scale],
-        }
-        known = {prefix for name in names for prefix in _prefixes(name)}
-        for argument, given in patterns.items():
-            for pattern in given:
-                if not any(fnmatchcase(name, pattern) for name in known):
-                    near = get_close_matches(pattern, known, n=3) or [*names][:3]
-                    there = f"There are, for example, {', '.join(near)}" if near else "It has none"
+        prefixes = _prefixes(names)
+        for argument, patterns in (
+            ("include", self.include or ()),
+            ("exclude", self.exclude),
+            ("momentum_scale", dict(self.momentum_scale)),
+        ):
+            for pattern in patterns:
+                if not _any_match(prefixes, [pattern]):
+                    near = get_close_matches(pattern, prefixes, n=3) or names[:3] or ["none"]
                     raise ValueError(
                         f"{argument}: {pattern!r} matches no parameter, buffer or module of the "
-                        f"model, so it would do nothing. {there}."
+                        f"model, so it would do nothing. Its names are, e.g., {', '.join(near)}."
                     )
-
         if self.include is not None and all(self.scale([name]) is None for name in averaged):
             raise ValueError(
                 f"include={[*self.include]} leaves nothing to average: it matches no floating "
@@ -94,29 +88,24 @@ class Selection(NamedTuple):
 
     def scale(self, names: Iterable[str]) -> float | None:
         """The momentum's factor for a tensor with these names; None if it is copied instead."""
-        names = [*names]
-        if self.include is not None and not _any_match(names, self.include):
+        prefixes = _prefixes(names)
+        if self.include is not None and not _any_match(prefixes, self.include):
             return None
-        if _any_match(names, self.exclude):
+        if _any_match(prefixes, self.exclude):
             return None
         for pattern, factor in self.momentum_scale:
-            if _any_match(names, [pattern]):
+            if _any_match(prefixes, [pattern]):
                 return factor
         return 1.0
 
 
-def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    return any(
-        fnmatchcase(prefix, pattern)
-        for name in names
-        for prefix in _prefixes(name)
-        for pattern in patterns
-    )
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """The names, and those of the modules around them."""
+    return {prefix for n in names for prefix in accumulate(n.split("."), "{}.{}".format)}
 
 
-def _prefixes(name: str) -> Iterable[str]:
-    """The name, and those of the modules around it."""
-    return accumulate(name.split("."), "{}.{}".format)
+def _any_match(prefixes: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in patterns)
 
 
 def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:

@@ -37,9 +37,7 @@ class Swap:
         aside = [launch for launch in plan.launches if launch not in self._in_place]
         online = plan.copies.read()
         assert online is not None  # the plan is not stale
-        kept = [
-            (pair.online_slots[0].read(), pair.ema_slots[0].read()) for pair in plan.sync_only
-        ]
+        kept = [(pair.online_slots[0].read(), pair.ema_slots[0].read()) for pair in plan.sync_only]
         # Online tensors that wait, and what they hold meanwhile.
         self._aside = [
             *((o, e) for one in aside for o, e in zip(one.sources, one.targets, strict=True)),

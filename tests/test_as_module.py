@@ -373,3 +373,13 @@ def test_a_handler_refuses_what_the_ema_refuses() -> None:
         EMAHandler(model, handle_buffers="ema_train", as_module=False)
     with pytest.raises(ValueError, match=GIVEN):
         EMAHandler(model, ema_model=nn.Linear(1, 1), as_module=False)
+
+
+def test_a_parameter_filled_later_is_an_error_though_another_empty_one_is_left_out() -> None:
+    model = nn.ModuleDict(
+        {"head": nn.Linear(2, 2, bias=False), "body": nn.Linear(2, 2, bias=False)}
+    )
+    ema = ModelEMA(model, as_module=False, exclude="head")
+    model["body"].bias = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"lacks: 'body\.bias'"):
+        ema.update(0.5)

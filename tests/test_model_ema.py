@@ -467,7 +467,7 @@ def test_a_persistent_buffer_that_appears_is_an_error_at_once() -> None:
     model = Lazy(persistent=True)
     ema = ModelEMA(model)
     model()
-    with pytest.raises(ValueError, match=r"buffers that the EMA model lacks: 'another'"):
+    with pytest.raises(ValueError, match=r"tensors that the EMA model lacks: 'another'"):
         ema.update(0.5)
 
 
@@ -475,7 +475,7 @@ def test_a_parameter_in_place_of_none_is_an_error_at_once() -> None:
     model = nn.Linear(2, 2, bias=False)
     ema = ModelEMA(model)
     model.bias = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match=r"parameters that the EMA model lacks: 'bias'"):
+    with pytest.raises(ValueError, match=r"tensors that the EMA model lacks: 'bias'"):
         ema.update(0.5)
 
 

@@ -80,14 +80,14 @@ def test_added_and_removed_parameters_are_errors_that_name_them() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential())
     ema = ModelEMA(model)
     model[1].append(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"online model has parameters that the EMA model lacks"):
+    with pytest.raises(ValueError, match=r"online model has tensors that the EMA model lacks"):
         ema.update(0.5)
     with pytest.raises(ValueError, match=r"'1\.0\.weight', '1\.0\.bias'.*Build a new ModelEMA"):
         ema.update(0.5)
     del model[1][0]
     ema.update(0.5)
     model[0].bias = None
-    with pytest.raises(ValueError, match=r"the EMA model has parameters that .* lacks: '0\.bias'"):
+    with pytest.raises(ValueError, match=r"The EMA model has tensors that .* lacks: '0\.bias'"):
         ema.update(0.5)
 
 

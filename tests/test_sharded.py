@@ -747,7 +747,7 @@ def _step(models, number):
         for index, parameter in enumerate(model.parameters()):
             chance = torch.Generator().manual_seed(100 * number + index)
             delta = torch.randn(parameter.shape, generator=chance).to(parameter.dtype)
-            local_part(parameter).data.add_(dtensor.local_part_of(delta, parameter))
+            local_part(parameter).data.add_(dtensor.shard_like(delta, parameter))
 
 
 def _equals(ema, truth, what):

@@ -15,7 +15,7 @@ from ema_triton.checkpoint.interop import extract_weights
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.modules import clean_weights
 from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join, split
-from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage, unsupported
+from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage_ptr, unsupported
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
 from ema_triton.state import EMAState
 
@@ -139,10 +139,10 @@ class Saved(NamedTuple):
         values: dict[str, Tensor] = {}
         rounded: list[str] = []
         unknown: list[str] = []
-        shared = set(map(storage, own.values()))
+        shared = set(map(storage_ptr, own.values()))
         for name, tensor in own.items():
             value, target = self._value(name), tensor.dtype
-            if storage(value) in shared:
+            if storage_ptr(value) in shared:
                 value = value.clone()  # it may be overwritten before its turn
             if name in exact:
                 target = torch.complex64 if tensor.is_complex() else torch.float32
@@ -285,10 +285,10 @@ def load(found: Saved, ema: EMAState) -> list[str]:
     found.check_fit(own)
     found = found._replace(
         weights={
-            name: dtensor.local_part_of(value, own[name]) for name, value in found.weights.items()
+            name: dtensor.shard_like(value, own[name]) for name, value in found.weights.items()
         },
         residuals={
-            name: dtensor.local_part_of(value, own[name]) for name, value in found.residuals.items()
+            name: dtensor.shard_like(value, own[name]) for name, value in found.residuals.items()
         },
     )
     parts = {name: dtensor.local_part(tensor) for name, tensor in own.items()}

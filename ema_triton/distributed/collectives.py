@@ -75,5 +75,5 @@ def scatter_from_rank0(
             whole.copy_(tensors[name])
         if _in_group():
             dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-        found[name] = dtensor.wrap_like(dtensor.local_part_of(whole, own[name]).clone(), own[name])
+        found[name] = dtensor.wrap_like(dtensor.shard_like(whole, own[name]).clone(), own[name])
     return found

@@ -1,7 +1,7 @@
-"""Sharded tensors: the part of a `DTensor` that lies on this rank, and the way back.
+"""Sharded tensors: a `DTensor` and this rank's part of it.
 
-An EMA is elementwise, so each rank averages its own part and knows nothing of the others. What is
-here talks to other ranks only where it says so.
+An EMA is elementwise, so each rank averages its own part. Functions that communicate with other
+ranks say so.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local_part(tensor: Any) -> Any:  # noqa: ANN401  # whatever is in a slot or a state
-    """The plain tensor behind a `DTensor`: this rank's part of it; all else as it is."""
+    """This rank's part of a `DTensor`, a plain tensor; anything else as it is."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def wrap_like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
-    """This rank's part as a tensor of the same kind as `whole`: sharded alike, a parameter or not.
+    """A `DTensor` around this rank's part, sharded as `whole` is; a parameter if `whole` is one.
 
-    A part of another dtype, or with a last dimension more (a complex tensor's reals), will do.
+    The part may have another dtype, and one more dimension at the end (a complex tensor's reals).
+    Where `whole` is not sharded, the part is returned as it is.
     """
     if not is_sharded(whole):
         return part
@@ -38,8 +39,8 @@ def wrap_like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     shape, stride = whole.shape, whole.stride()
     if part.dim() > whole.dim():
         shape, stride = (*shape, 2), (*(2 * step for step in stride), 1)
-    # Around a view with an offset, the DTensor itself would have that offset, and be taken for a
-    # plain tensor by what stages asynchronous checkpoints.
+    # Around a view with an offset, the DTensor itself would have that offset, and staging of
+    # asynchronous checkpoints would take it for a plain tensor.
     tensor = DTensor.from_local(
         part.new_empty(()).expand(part.shape),
         whole.device_mesh,
@@ -49,23 +50,21 @@ def wrap_like(part: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
         stride=stride,
     )
     tensor._local_tensor = part
-    if isinstance(whole, nn.Parameter):
-        return nn.Parameter(tensor, requires_grad=False)
-    return tensor
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(whole, nn.Parameter) else tensor
 
 
 def sharding(tensor: Any) -> Hashable:  # noqa: ANN401
-    """How it is sharded, to be compared with how others are; None: it is not."""
+    """The mesh and placements of a `DTensor`, for comparison; None if it is not sharded."""
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
 def version_owners(tensor: Any) -> list[Tensor]:  # noqa: ANN401
-    """What counts writes to it: a `DTensor` those through itself, its part the others."""
+    """The tensors with the version counters of its writes: a `DTensor` and its part, or itself."""
     return [tensor, local_part(tensor)] if is_sharded(tensor) else [tensor]
 
 
 def version(tensor: Any) -> int:  # noqa: ANN401
-    """A number that grows with every write to it."""
+    """A number that every write to it raises."""
     return sum(0 if part.is_inference() else part._version for part in version_owners(tensor))
 
 
@@ -73,22 +72,21 @@ def describe(tensor: Any) -> str:  # noqa: ANN401
     """How it is sharded, for a message."""
     if not is_sharded(tensor):
         return "not sharded"
-    places = ", ".join(map(str, tensor.placements))
-    return f"sharded over {tensor.device_mesh.size()} ranks ({places})"
+    placements = ", ".join(map(str, tensor.placements))
+    return f"sharded over {tensor.device_mesh.size()} ranks ({placements})"
 
 
-def local_part_of(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
+def shard_like(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     """This rank's part of a value, sharded as `whole` is.
 
-    A value that is not sharded is the whole one, the same on every rank, and is sliced. One that is
-    sharded in another way goes between the ranks: all of them have to call this.
+    A value that is not sharded has all elements, the same on every rank, and is sliced. One that is
+    sharded differently is gathered: all ranks have to call this.
     """
-    if not is_sharded(whole):
-        return full_tensor(value) if is_sharded(value) else value
     if sharding(value) == sharding(whole):
         return local_part(value)  # type: ignore[no-any-return]
-    if is_sharded(value):
-        value = full_tensor(value)
+    value = full_tensor(value)
+    if not is_sharded(whole):
+        return value
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
@@ -100,18 +98,20 @@ def local_part_of(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
 
 
 def full_tensor(tensor: Any) -> Tensor:  # noqa: ANN401
-    """The whole of a `DTensor`, on every rank, all of which have to call this."""
+    """A `DTensor` gathered on every rank, all of which have to call this; a plain one as it is."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
     if tensor.dtype != torch.int16:
         return tensor.full_tensor()  # type: ignore[no-any-return]
-    # NCCL moves no int16; half-precision numbers are bits as good.
+    # NCCL has no int16: the same bits are sent as bfloat16.
     bits: Any = wrap_like(local_part(tensor).view(torch.bfloat16), tensor)
     return bits.full_tensor().view(torch.int16)  # type: ignore[no-any-return]
 
 
 def sum_over_ranks(numbers: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
-    """The sums of what the ranks found in their parts of `whole`, all of which have to call this.
+    """The sums over the ranks of numbers that each computed from its part of `whole`.
 
-    Ranks with the same part, as where it is replicated, count once.
+    Ranks with the same part, as where it is replicated, count once. All ranks have to call this.
     """
     if not is_sharded(whole):
         return numbers
@@ -123,10 +123,10 @@ def sum_over_ranks(numbers: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
 
 
 def reshard(*models: nn.Module) -> None:
-    """Have FSDP2 modules show their shards, and forget what they gathered of them.
+    """Make FSDP2 modules free their gathered parameters, and have their shards in the slots.
 
-    After a forward without a backward the root of the model still holds its gathered parameters,
-    which it would go on using whatever became of the shards.
+    After a forward without a backward the model's root module still holds its gathered parameters,
+    and would go on using them when the shards change.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
