@@ -153,7 +153,7 @@ class Plan:
     @classmethod
     def unknown(cls) -> Plan:
         """A stale one, for an EMA that has none yet."""
-        return cls([], Copies([]), [], [], [], Staleness.always())
+        return cls([], Copies([]), [], [], [], Staleness())
 
     def online_copies(self) -> list[Tensor] | None:
         """The online tensors that are copied, as they are now; None if the plan is stale."""

@@ -17,25 +17,18 @@ from torch import Tensor, nn
 from ema_triton.distributed import dtensor
 from ema_triton.pairing import Pair
 
-_is_conj: Callable[[Any], bool] = Tensor.is_conj
-
 
 @dataclass(frozen=True, eq=False)
 class Staleness:
     """Notices that an averaged tensor or a module was replaced, moved, cast, reshaped or added.
 
     Attributes:
-        look: Yields what tells, as it is now.
-        remembered: What it yielded when the plan was made; None is always stale.
+        look: Yields the addresses, sizes and so on as they are now.
+        remembered: What it yielded when the plan was made; None, the default, is always stale.
     """
 
-    look: Callable[[], Iterable[Any]]
-    remembered: list[Any] | None
-
-    @classmethod
-    def always(cls) -> Staleness:
-        """One that is always stale."""
-        return cls(list, None)
+    look: Callable[[], Iterable[Any]] = list
+    remembered: list[Any] | None = None
 
     @classmethod
     def over(cls, model: nn.Module, ema_model: nn.Module | None, pairs: list[Pair]) -> Staleness:
@@ -55,21 +48,18 @@ class Staleness:
         filled = [d for d in dicts if d]
         empty = [d for d in dicts + [m._modules for m in modules] if not d]
         vacant = [(d, key) for d in filled for key in d if d[key] is None]
-        # A dense vector has one stride only, and most tensors are vectors.
+        # The strides of the first slots are compared, of matrices: most tensors are vectors, and a
+        # dense vector has one stride only.
         matrices = [s for pair in pairs if pair.online.dim() > 1 for s in pair.online_slots]
         vectors = [s for pair in pairs if pair.online.dim() <= 1 for s in pair.online_slots]
         strided, online = len(matrices), len(matrices + vectors)
         slots = matrices + vectors + [s for pair in pairs for s in pair.ema_slots]
         owners, keys = [slot.owner for slot in slots], [slot.key for slot in slots]
-        ema = [slot.read() for slot in slots[online:]]
+        originals: list[Any] = [slot.read() for slot in slots]
+        ema = originals[online:]
+        complex_at = [index for index, tensor in enumerate(originals) if tensor.is_complex()]
         sharded = [dtensor.is_sharded(slot.whole()) for slot in slots]
         any_sharded = any(sharded)
-        complex_slots = [
-            (slot.owner, slot.key)
-            for pair in pairs
-            for slot in (*pair.online_slots, *pair.ema_slots)
-            if pair.online.is_complex()
-        ]
 
         def look() -> Iterator[Any]:
             tensors: list[Any] = [*map(getitem, owners, keys)]
@@ -82,7 +72,7 @@ class Staleness:
             yield [*map(Tensor.numel, tensors[:online])]
             yield [*map(Tensor.stride, tensors[:strided])]
             yield all(map(is_, tensors[online:], ema))
-            yield any(map(_is_conj, starmap(getitem, complex_slots)))
+            yield any(map(Tensor.is_conj, map(tensors.__getitem__, complex_at)))
             yield parents == children
             yield any(empty)
             yield all(map(is_, starmap(getitem, vacant), repeat(None)))

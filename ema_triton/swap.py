@@ -26,17 +26,19 @@ class Swap:
 
     def __init__(self, model: nn.Module, ema_model: nn.Module | None, plan: Plan) -> None:
         self._models = [model] if ema_model is None else [model, ema_model]
+        dtensor.reshard(*self._models)
         self._plan = plan
         self.stream = torch.cuda.current_stream() if plan.on_cuda else None
         self._overlap = _overlap(plan.launches)
-        self._exchanged, self._copied = list[Launch](), list[tuple[Tensor, Tensor]]()
+        self._launches = list[Launch]()  # with values to exchange
+        self._copied = list[tuple[Tensor, Tensor]]()  # online tensors, and the EMA's
         for launch in plan.launches:
             one_dtype = launch.kind.dtype == launch.online_dtype
             if one_dtype and launch.dense and not self._overlap:
-                self._exchanged.append(launch)
+                self._launches.append(launch)
             else:
                 self._copied += zip(launch.sources, launch.targets, strict=True)
-        names = {name for launch in self._exchanged for name in launch.names}
+        names = {name for launch in self._launches for name in launch.names}
         self._exchanged_pairs = [pair for pair in plan.averaged if pair.name in names]
         self._copied_snapshots = list[Snapshot]()
         for pair in plan.copies.pairs + plan.kept:
@@ -53,13 +55,12 @@ class Swap:
                 )
 
     def enter(self) -> None:
-        """Put the EMA's values into the online model; if that fails, it has its own again."""
-        dtensor.reshard(*self._models)
+        """Put the EMA's values into the online model; if that fails, restore its own."""
         self._clones = [online.detach().clone() for online, _ in self._copied]
         exchanged: list[Launch] = []
         try:
             with torch.no_grad():
-                for launch in self._exchanged:
+                for launch in self._launches:
                     launch.backend.exchange(launch)
                     exchanged.append(launch)
                 for online, ema in self._copied:
@@ -86,7 +87,7 @@ class Swap:
         changed = {name: None for name, snapshot in self._averaged_snapshots if snapshot.restore()}
         for snapshot in self._copied_snapshots:
             snapshot.restore()
-        self._restore(self._exchanged)
+        self._restore(self._launches)
         self._bump_versions()
         if changed:
             warnings.warn(
@@ -99,7 +100,7 @@ class Swap:
             )
 
     def ema_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The EMA's weights, of which the exchanged ones are read from the online model."""
+        """These weights of the EMA, with the exchanged values, which the online model has now."""
         online = {
             name: pair.online.detach() for pair in self._exchanged_pairs for name in pair.names
         }
@@ -166,7 +167,7 @@ def _warn_of_ema_values(module: nn.Module, prefix: str, keep_vars: bool) -> None
 
 
 class Snapshot:
-    """The tensor in a slot, its memory, and its version; to be restored."""
+    """The tensor in a slot, its memory and its version, to be restored."""
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
@@ -176,7 +177,7 @@ class Snapshot:
         self._version = dtensor.version(self._tensor)
 
     def restore(self) -> bool:
-        """Whether the tensor was written, or it or its memory was replaced."""
+        """Restore the slot; whether the tensor was written, or it or its memory was replaced."""
         written = dtensor.version(self._tensor) != self._version
         if (
             self._slot.whole() is self._tensor
