@@ -32,53 +32,49 @@ class Distance(NamedTuple):
 
 
 def measure(pairs: list[Pair], launches: list[Launch]) -> Distance:
-    """Measure what is averaged; waits for each device once.
+    """Measure the averaged tensors; waits for the device once per launch.
 
     Args:
-        pairs: All of a plan that is not stale. Of sharded ones the ranks' parts are added up: all
-            ranks have to call this.
-        launches: Its launches.
+        pairs: All averaged pairs of a plan that is not stale. The squares of sharded tensors are
+            summed over the ranks, all of which have to call this.
+        launches: The launches of this plan.
     """
-    pairs = [pair for pair in pairs if pair.scale is not None]
-    by_device: dict[torch.device, list[Launch]] = {}
+    wholes = {
+        pair.name: whole
+        for pair in pairs
+        if pair.scale is not None
+        and (whole := pair.online_slots[0].whole()) is not None
+        and whole.numel()
+    }
+    # Squares of ‖ema - online‖₂ and ‖online‖₂, first of this rank's parts, then of whole tensors.
+    parts = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in wholes}
     for launch in launches:
         if launch.scale is not None:
-            by_device.setdefault(launch.kind.device, []).append(launch)
-    # Of this rank's parts, where there are any.
-    squares = {pair.name: [0.0, 0.0] for pair in pairs}
-    for alike in by_device.values():
-        parts, *norms = zip(*(row for launch in alike for row in _norms(launch)), strict=True)
-        on_host = torch.stack([*norms[0], *norms[1]]).view(2, -1).tolist()
-        for name, apart, size in zip(parts, *on_host, strict=True):
-            squares[name][0] += apart * apart
-            squares[name][1] += size * size
-    by_layout: dict[Hashable, list[Pair]] = {}
-    for pair in pairs:
-        whole = pair.online_slots[0].whole()
-        if whole is not None and whole.numel():
-            by_layout.setdefault(dtensor.sharding(whole), []).append(pair)
+            names, *norms = zip(*_norms(launch), strict=True)
+            squares = torch.stack([*norms[0], *norms[1]]).view(2, -1).cpu().square()
+            for name, square in zip(names, squares.unbind(1), strict=True):
+                parts[name] += square
+    by_sharding: dict[Hashable, list[str]] = {}
+    for name, whole in wholes.items():
+        by_sharding.setdefault(dtensor.sharding(whole), []).append(name)
     rows: dict[str, list[float]] = {}
-    for sharded_alike in by_layout.values():
-        whole = sharded_alike[0].online_slots[0].whole()
-        names = [pair.name for pair in sharded_alike]
-        of_parts = torch.tensor(
-            [squares[name] for name in names], dtype=torch.float64, device="cpu"
-        )
-        rows |= zip(names, dtensor.sum_over_ranks(of_parts, whole).tolist(), strict=True)
+    for alike in by_sharding.values():
+        squares = torch.stack([parts[name] for name in alike])
+        rows |= zip(alike, dtensor.sum_over_ranks(squares, wholes[alike[0]]).tolist(), strict=True)
     modules: dict[str, list[list[float]]] = {}
     for name, row in rows.items():
         module, dot, _ = name.partition(".")
         modules.setdefault(module if dot else "", []).append(row)
     return Distance(
         *_roots([*rows.values()]),
-        {name: Distance(*_roots(found), {}) for name, found in modules.items()},
+        {module: Distance(*_roots(of_module), {}) for module, of_module in modules.items()},
     )
 
 
 def _norms(launch: Launch) -> Iterator[tuple[str, Tensor, Tensor]]:
     """A tensor's name, ‖ema - online‖₂ and ‖online‖₂ in fp64, on its device.
 
-    A tensor larger than the scratch comes in several parts, each with its norms.
+    A tensor larger than the scratch has several parts, each with its norms.
     """
     bucket = launch.bucket
     size = min(foreach_backend.SCRATCH, bucket.flat.numel())

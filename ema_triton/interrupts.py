@@ -1,4 +1,4 @@
-"""SIGINT is deferred while values move; one that ends the body of a swap ends the swap, too."""
+"""SIGINT is deferred while values move; if it ends the body of a swap, it ends the swap first."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class DeferSigint:
-    """A context in which SIGINT is remembered, and handled on leaving.
+    """A context in which SIGINT is remembered, and handled on exit.
 
-    Outside the main thread, and where SIGINT has no handler in Python, it raises no exception, and
+    Outside the main thread, and where SIGINT has no Python handler, no exception can be raised, and
     nothing is installed.
 
     Attributes:
-        previous: The handler that is installed on leaving; None where none was replaced.
+        previous: The handler to install on exit; None if none was replaced.
     """
 
     def __init__(self) -> None:
@@ -36,27 +36,27 @@ class DeferSigint:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Install the previous handler, and have it handle a deferred SIGINT."""
+        """Install the previous handler, and raise a deferred SIGINT again."""
         # A handler that was installed inside stays.
         if self.previous is not None and signal.getsignal(signal.SIGINT) == self._remember:
             signal.signal(signal.SIGINT, self.previous)
         if self._pending:
             signal.raise_signal(signal.SIGINT)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _remember(self, *_: object) -> None:
         self._pending = True
 
 
 class SwapContext(Generic[T]):
-    """A context whose beginning and end are whole, and which SIGINT cannot leave without its end.
+    """A context that `begin` and `end` enclose, uninterrupted, even if SIGINT ends its body.
 
-    No code in `__exit__` can do that alone: an exception may be raised before its first line. So a
+    `__exit__` alone cannot promise that: an exception may be raised before its first line. So a
     handler of SIGINT is installed for the body. It calls the previous one, and if that raises,
     calls `end` before the exception goes on.
 
     Args:
-        begin: Called on entry; what it returns is the context's value.
-        end: Called on exit; it does nothing where it was called before.
+        begin: Called on entry; returns the context's value.
+        end: Called on exit, even if the handler called it before; it does nothing then.
     """
 
     def __init__(self, begin: Callable[[], T], end: Callable[[], None]) -> None:
@@ -75,31 +75,31 @@ class SwapContext(Generic[T]):
         return value
 
     def __exit__(self, *exception: object) -> None:
-        """End, unless SIGINT did."""
+        """End, unless the handler did."""
         with DeferSigint() as deferred:
             try:
                 self._end()
             finally:
                 if self in _entered:
                     _entered.remove(self)
-                # Contexts may be left in any order: this handler may be another one's previous.
-                holders: list[DeferSigint | SwapContext[Any]] = [deferred, *_entered]
-                for holder in holders:
-                    if holder.previous == self._interrupted:
-                        holder.previous = self.previous
+                # Contexts may end in any order: this handler may be another context's previous one.
+                contexts: list[DeferSigint | SwapContext[Any]] = [deferred, *_entered]
+                for context in contexts:
+                    if context.previous == self._interrupted:
+                        context.previous = self.previous
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         assert self.previous is not None
         try:
             self.previous(number, frame)
         except BaseException:
-            # The innermost first, as two swaps may be of one model. A process forked inside, as a
-            # DataLoader's worker is, has this handler too, but not the swap.
-            for context in _entered[::-1]:
+            # The innermost first, as two swaps may be of one model. A process forked inside, such
+            # as a DataLoader's worker, has this handler too, but not the swap.
+            for context in reversed(_entered.copy()):
                 if context._process == os.getpid():
                     context.__exit__()
             raise
 
 
-# In whose bodies the main thread is, the innermost last.
+# The contexts whose bodies the main thread is in, the innermost last.
 _entered: list[SwapContext[Any]] = []

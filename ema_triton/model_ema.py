@@ -423,7 +423,7 @@ class ModelEMA:
             state = self._state
             self._reshard_ema()
             own = state.tensors()
-            weights = own if self._swap is None else self._swap.outside(own)
+            weights = own if self._swap is None else self._swap.ema_weights(own)
             residuals = {
                 name: dtensor.wrap_like(residual, value)
                 for name, value in own.items()

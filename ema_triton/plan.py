@@ -153,7 +153,7 @@ class Plan:
     @classmethod
     def unknown(cls) -> Plan:
         """A stale one, for an EMA that has none yet."""
-        return cls([], Copies.of([]), [], [], [], Staleness.unknown())
+        return cls([], Copies([]), [], [], [], Staleness())
 
     def online_copies(self) -> list[Tensor] | None:
         """The online tensors that are copied, as they are now; None if the plan is stale."""
@@ -193,7 +193,7 @@ def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
     """
     return Plan(
         launches=launches_of(state, pairs.averaged),
-        copies=Copies.of(pairs.copied),
+        copies=Copies(pairs.copied),
         sync_only=pairs.sync_only,
         averaged=pairs.averaged,
         random_states=[b.random_state for b in state.buckets if b.random_state is not None],

@@ -1,4 +1,4 @@
-"""Staleness an EMA in TensorBoard: its momentum, and how far it is from the online model.
+"""Watch an EMA in TensorBoard: its momentum, and how far it is from the online model.
 
 A small net learns a sine. Look at the curves with: tensorboard --logdir tensorboard_run
 (`pip install tensorboard`).
