@@ -1,31 +1,23 @@
 """`EMAHandler`: a drop-in for Ignite's, on top of `ModelEMA`.
 
-An engine's event asks the schedule for the momentum of the next update, shows it in
-`engine.state`, and applies it.
+At an engine's event it computes the momentum of the next update from the schedule, writes it to
+`engine.state`, and updates the EMA with it.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
 try:
-    from ignite.engine import (
-        CallableEventWithFilter,
-        Engine,
-        Events,
-        EventsList,
-        RemovableEventHandle,
-        State,
-    )
+    from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList, State
 except ImportError as error:
     raise ImportError(
         "ema_triton.EMAHandler attaches to PyTorch-Ignite's engines, and ignite does not import "
@@ -34,7 +26,7 @@ except ImportError as error:
     ) from error
 
 from ema_triton.model_ema import ModelEMA
-from ema_triton.schedules import Constant, LinearWarmup, Schedule, check_schedule, momentum_from
+from ema_triton.schedules import Constant, LinearWarmup, Schedule, momentum_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,18 +35,15 @@ if TYPE_CHECKING:
 
 DEFAULT_MOMENTUM = 0.0002
 
-_ENGINE_STATE = {*vars(State()), *State.event_to_attr.values()}
-
 
 @dataclass(eq=False)
 class _Attachment:
-    """What belongs to an engine, which may be unhashable, and which this does not keep alive."""
+    """What the handler does on one engine, which may be unhashable, and is not kept alive."""
 
     engine: weakref.ReferenceType[Engine]
-    handles: list[RemovableEventHandle] = field(default_factory=list)  # empty once detached
-    name: str | None = None  # of the momentum in engine.state; None where runs are swapped
-    written: float | None = None  # the momentum that was last written there
-    swap_out: Callable[[], None] | None = None
+    undo: ExitStack | None = None  # removes the listeners; None while detached
+    name: str = ""  # of the momentum in engine.state; empty where runs are swapped
+    written: float | None = None  # the momentum that the handler last wrote there
 
 
 class EMAHandler:
@@ -62,16 +51,16 @@ class EMAHandler:
 
     .. math:: \theta_{EMA} \leftarrow (1 - \lambda)\,\theta_{EMA} + \lambda\,\theta
 
-    The same constructor, `attach`, and `engine.state` attribute as Ignite's `EMAHandler`. A
-    subclass may override `attach` and `_update_ema_model`, as one of Ignite's.
+    It has the constructor, `attach`, and `engine.state` attribute of Ignite's `EMAHandler`, and
+    likewise a subclass may override `attach` and `_update_ema_model`.
 
     Args:
-        model: The online model. Of a `DistributedDataParallel` or `torch.compile`d model the
-            inner module is averaged; `DataParallel` stays.
+        model: The online model. A `DistributedDataParallel` or `torch.compile` wrapper is taken
+            off; `DataParallel` stays.
         momentum: :math:`\lambda`, the weight of the online weights, in [0, 1]; after the warm-up.
         momentum_warmup: The first update's momentum, in [0, 1]; above or below `momentum`.
-        warmup_iters: Number of updates until `momentum` is reached; 0 is as 1. Without both of them
-            there is no warm-up.
+        warmup_iters: Number of updates until `momentum` is reached; 0 means 1. There is a warm-up
+            only if this and `momentum_warmup` are given.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
@@ -81,14 +70,14 @@ class EMAHandler:
 
     Attributes:
         ema: The `ModelEMA`.
-        schedule: What gives the momentum; may be assigned.
+        schedule: The function from the update index to the momentum; may be assigned.
         update_index: The number of updates made.
-        momentum_scheduler: None; for a subclass to keep a scheduler of its own in, as Ignite's
-            `attach` does.
+        momentum_scheduler: None; a subclass may keep its own scheduler here, as Ignite's `attach`
+            does.
 
     Raises:
         ValueError: An argument is not one of the accepted values.
-        TypeError: An argument is unknown, or of a wrong type, or a tensor is.
+        TypeError: An argument is unknown, or an argument or a tensor is of a wrong type.
 
     Example:
         >>> from ignite.engine import Engine, Events
@@ -116,17 +105,14 @@ class EMAHandler:
         schedule: Schedule | None = None,
         **options: Unpack[Options],
     ) -> None:
-        given = (momentum, momentum_warmup, warmup_iters)
+        arguments = (momentum, momentum_warmup, warmup_iters)
         if schedule is None:
-            schedule = _schedule_from_arguments(*given)
-        elif given != (DEFAULT_MOMENTUM, None, None):
+            schedule = _schedule_from_arguments(*arguments)
+        elif arguments != (DEFAULT_MOMENTUM, None, None):
             raise ValueError(
-                f"Both schedule={schedule} and momentum={momentum}, momentum_warmup="
-                f"{momentum_warmup}, warmup_iters={warmup_iters} were given, and only one can "
-                "decide. Give the schedule alone, or those alone."
+                f"schedule={schedule} and (momentum, momentum_warmup, warmup_iters)={arguments} "
+                "were given, and only one can decide. Give the schedule alone, or leave it out."
             )
-        check_schedule(schedule)
-        _check_options(options)
         self.ema = ModelEMA(model, handle_buffers=handle_buffers, **options)
         self._attachments: list[_Attachment] = []
         self.schedule = schedule
@@ -141,9 +127,8 @@ class EMAHandler:
     @model.setter
     def model(self, _: nn.Module) -> NoReturn:
         raise AttributeError(
-            "EMAHandler.model cannot be assigned: the EMA's tensors are paired with those of the "
-            "model that it was built for. Load other weights into that model and call "
-            "handler.sync(), or build a new EMAHandler for the other model."
+            "EMAHandler.model cannot be assigned: its tensors are paired with the EMA's. Load "
+            "other weights into it and call handler.sync(), or build a new EMAHandler."
         )
 
     @property
@@ -154,9 +139,8 @@ class EMAHandler:
     @ema_model.setter
     def ema_model(self, _: nn.Module) -> NoReturn:
         raise AttributeError(
-            "EMAHandler.ema_model cannot be assigned: updates write into its tensors. Give another "
-            "one at construction, EMAHandler(model, ema_model=...), or load weights into this one: "
-            "handler.ema_model.load_state_dict(...), handler.ema.load_weights(...)."
+            "EMAHandler.ema_model cannot be assigned: updates write into its tensors. Load weights "
+            "into it (handler.ema.load_weights), or build a new EMAHandler(model, ema_model=...)."
         )
 
     @property
@@ -167,9 +151,8 @@ class EMAHandler:
     @handle_buffers.setter
     def handle_buffers(self, _: str) -> NoReturn:
         raise AttributeError(
-            "EMAHandler.handle_buffers cannot be assigned: it decides which tensors are averaged, "
-            "and whether the EMA model is in train mode, when those are laid out. Give it at "
-            "construction: EMAHandler(model, handle_buffers=...)."
+            "EMAHandler.handle_buffers cannot be assigned: the tensors were laid out for it. Give "
+            "it at construction: EMAHandler(model, handle_buffers=...)."
         )
 
     @property
@@ -185,19 +168,15 @@ class EMAHandler:
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        check_schedule(schedule)
         self.ema.schedule = schedule
         for attachment in self._attachments:
             engine = attachment.engine()
-            if engine is not None and attachment.handles and attachment.name is not None:
-                self._write_momentum(engine, attachment, attachment.name)
+            if engine is not None and attachment.undo is not None and attachment.name:
+                self._write_momentum(engine, attachment)
 
     @property
     def momentum(self) -> float | None:
-        """The momentum after the warm-up; None for a schedule without such a field.
-
-        May be assigned where there is one, attached or not.
-        """
+        """The momentum after the warm-up, which may be assigned; None if the schedule has none."""
         return getattr(self.schedule, "momentum", None)
 
     @momentum.setter
@@ -238,73 +217,50 @@ class EMAHandler:
     ) -> None:
         """Update the EMA at every `event` of `engine`, and show the momentum in `engine.state`.
 
-        As in Ignite, a constant momentum is read from `engine.state`, where others may write it (a
-        state parameter scheduler, or the user before or after attaching); a warm-up or a
-        `schedule` writes it there before each update.
+        As in Ignite, a constant momentum is read from `engine.state`, where the user or a state
+        parameter scheduler may write it, before or after attaching; a warm-up or a `schedule`
+        overwrites it before each update.
 
         Args:
             engine: The trainer.
-            name: The attribute of `engine.state` with the momentum: that of the last update, or
-                before any update that of the next.
+            name: The attribute of `engine.state` with the momentum of the last update, and before
+                any update of the next.
             warn_if_exists: Whether to warn if the attribute exists already, because the engine's
-                state was loaded, or because something else uses it.
+                state was loaded, or because another handler uses it.
             event: When to update, e.g. `Events.ITERATION_COMPLETED(every=5)`.
 
         Raises:
-            RuntimeError: The handler is attached to this engine already.
+            RuntimeError: The handler updates or swaps on this engine already.
             TypeError: This is not an engine.
-            ValueError: The engine does not have the event, or keeps something else by the name.
+            ValueError: The engine does not have the event, or needs the attribute itself.
         """
-        _check_engine(engine, "engine", "the trainer")
-        last = self._attachment_of(engine)
-        if last is not None and last.handles:
-            if last.swap_out is not None:
-                raise RuntimeError(
-                    "This EMAHandler swaps around this engine's runs, and cannot update inside of "
-                    "them. Attach it to the trainer."
-                )
-            raise RuntimeError(
-                "This EMAHandler is attached to this engine already; attached twice, it would "
-                "update twice per event. Call detach() first to attach it differently."
-            )
-        if name in _ENGINE_STATE:
+        attachment = self._attachment_to(engine, "engine")
+        if hasattr(State(), name):
             raise ValueError(
-                f"The engine itself keeps something in engine.state.{name}, which the momentum "
-                "would overwrite. Choose another name, e.g. 'ema_momentum'."
+                f"engine.state.{name} belongs to the engine itself, and the momentum would "
+                "overwrite it. Choose another name, e.g. 'ema_momentum'."
             )
-        exists = hasattr(engine.state, name)
-        listeners = {event: [*found] for event, found in engine._event_handlers.items()}
         # In this order, as in Ignite: an override reads the momentum of its update in engine.state.
-        steps = [self._show_momentum, self._update_ema_model]
-        if getattr(self._update_ema_model, "__func__", None) is not EMAHandler._update_ema_model:
-            steps.append(self._count_event)
-        try:
-            handles = [engine.add_event_handler(event, step, name) for step in steps]
-        except Exception:
-            for part in event if isinstance(event, EventsList) else ():
-                for step in steps:
-                    if engine.has_event_handler(step, part):
-                        engine.remove_event_handler(step, part)
-            raise
-        again = last is not None and last.name == name
-        written = last.written if last is not None and again else None
-        attachment = _Attachment(weakref.ref(engine), handles, name, written)
-        self._keep(attachment)
-        if exists and warn_if_exists and not again:
-            warnings.warn(
-                f"Attribute '{name}' already exists in Engine.state: either the engine has loaded "
-                "its state dict, or another handler uses it. In the first case, silence this "
-                "warning by warn_if_exists=False; in the second, choose another name.",
-                UserWarning,
-                stacklevel=2,
-            )
-        earlier = [
-            listener
-            for event, found in engine._event_handlers.items()
-            if len(found) > len(listeners.get(event, ()))
-            for listener in listeners.get(event, ())
-        ]
-        if any(self._is_saved_by(*listener) for listener in earlier):
+        events = event if isinstance(event, EventsList) else [event]
+        method = getattr(self._update_ema_model, "__func__", None)
+        with ExitStack() as undo:  # a later event of the list may be unknown to the engine
+            for one in events:
+                undo.enter_context(engine.add_event_handler(one, self._show_momentum, attachment))
+                undo.enter_context(engine.add_event_handler(one, self._update_ema_model, name))
+                if method is not EMAHandler._update_ema_model:
+                    undo.enter_context(engine.add_event_handler(one, self._count_event))
+            attachment.undo = undo.pop_all()
+        if attachment.name != name:
+            attachment.name, attachment.written = name, None
+            if warn_if_exists and hasattr(engine.state, name):
+                warnings.warn(
+                    f"Attribute '{name}' already exists in Engine.state: either the engine has "
+                    "loaded its state dict, or another handler uses it. In the first case, silence "
+                    "this warning by warn_if_exists=False; in the second, choose another name.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        if any(self._is_saved_by(entry) for one in events for entry in engine._event_handlers[one]):
             warnings.warn(
                 "A Checkpoint that saves this EMAHandler is attached to the same event already, "
                 "and so runs before each update: what it saves lacks the last one, and a resumed "
@@ -312,28 +268,26 @@ class EMAHandler:
                 UserWarning,
                 stacklevel=2,
             )
-        if not exists or getattr(engine.state, name) == attachment.written:
-            self._write_momentum(engine, attachment, name)
+        if getattr(engine.state, name, attachment.written) == attachment.written:
+            self._write_momentum(engine, attachment)
 
     def detach(self) -> None:
-        """Stop updating and swapping, on every engine; all else stays as it is."""
+        """Stop updating and swapping on every engine; nothing else changes."""
         for attachment in self._attachments:
+            if attachment.undo is not None:
+                attachment.undo.close()
+                attachment.undo = None
             engine = attachment.engine()
-            if attachment.swap_out is not None:
-                attachment.swap_out()
-            for handle in attachment.handles:
-                handle.remove()
-            attachment.handles.clear()
-            # An engine that finds this key, even without listeners, does not raise exceptions.
+            # While this key exists, even without listeners, an engine does not raise exceptions.
             if engine is not None and not engine._event_handlers.get(Events.EXCEPTION_RAISED, True):
                 del engine._event_handlers[Events.EXCEPTION_RAISED]
 
     def attach_swap(self, evaluator: Engine) -> None:
-        """Have every run of this engine evaluate the online model with the EMA's weights.
+        """Make every run of this engine evaluate the online model with the EMA's weights.
 
-        They are swapped from EPOCH_STARTED on, and back before anything else happens at COMPLETED,
-        TERMINATE, INTERRUPT or EXCEPTION_RAISED: a `Checkpoint` at COMPLETED saves the online
-        weights. See `ModelEMA.swapped`.
+        The weights are swapped at EPOCH_STARTED, and swapped back before anything else happens at
+        COMPLETED, TERMINATE, INTERRUPT or EXCEPTION_RAISED: a `Checkpoint` at COMPLETED saves the
+        online weights. See `ModelEMA.swapped`.
 
         Args:
             evaluator: The engine that evaluates `model`; not the trainer.
@@ -342,24 +296,14 @@ class EMAHandler:
             RuntimeError: The handler swaps or updates on this engine already.
             TypeError: This is not an engine.
         """
-        _check_engine(evaluator, "evaluator", "that evaluates the model")
-        last = self._attachment_of(evaluator)
-        if last is not None and last.handles:
-            what = "updates" if last.swap_out is None else "swaps"
-            raise RuntimeError(
-                f"This EMAHandler {what} on this engine already, and cannot swap around its runs. "
-                "Give an engine of its own to the evaluation, or call detach() first."
-            )
+        attachment = self._attachment_to(evaluator, "evaluator")
         entered: list[AbstractContextManager[nn.Module]] = []
 
         def begin() -> None:
             if not entered:
-                entered.append(self.ema.swapped())
-                try:
-                    entered[0].__enter__()
-                except BaseException:
-                    entered.clear()
-                    raise
+                context = self.ema.swapped()
+                context.__enter__()
+                entered.append(context)
 
         def end() -> None:
             while entered:
@@ -367,29 +311,31 @@ class EMAHandler:
 
         def fail(engine: Engine, error: BaseException) -> None:
             end()
-            # The engine raises only without listeners, and this is the only one.
+            # With a listener, the engine itself does not raise: the only listener has to.
             if len(engine._event_handlers[Events.EXCEPTION_RAISED]) == 1:
                 raise error
 
-        # An engine that was interrupted goes on without another EPOCH_STARTED.
-        begins = [Events.EPOCH_STARTED, Events.ITERATION_STARTED]
-        ends = [Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT]
-        handles = [evaluator.add_event_handler(event, begin) for event in begins]
-        handles += [evaluator.add_event_handler(event, end) for event in ends]
-        handles.append(evaluator.add_event_handler(Events.EXCEPTION_RAISED, fail))
-        for event in [*ends, Events.EXCEPTION_RAISED]:
+        undo = attachment.undo = ExitStack()
+        # An engine that was interrupted continues without another EPOCH_STARTED.
+        for event in (Events.EPOCH_STARTED, Events.ITERATION_STARTED):
+            undo.enter_context(evaluator.add_event_handler(event, begin))
+        ends = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
+        for event in ends:
+            listener = fail if event is Events.EXCEPTION_RAISED else end
+            undo.enter_context(evaluator.add_event_handler(event, listener))
             listeners = evaluator._event_handlers[event]
             listeners.insert(0, listeners.pop())
-        self._keep(_Attachment(weakref.ref(evaluator), handles, swap_out=end))
+        undo.callback(end)
+        attachment.name = ""
 
     def sync(self) -> None:
-        """Copy the online model into the EMA model, e.g. after loading weights into it."""
+        """Copy the online model into the EMA model, e.g. after loading weights into the former."""
         self.ema.sync()
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
-        """The state of `ema`: update index, schedule and weights, of plain types and tensors.
+        """The state of `ema`: update index, schedule and weights, as plain types and tensors.
 
-        A schedule that is not one of `ema_triton.schedules` is a function, which is not saved.
+        Only the schedules of `ema_triton.schedules` are saved, and no other function.
 
         Args:
             clone: Whether to copy the tensors, for a thread that saves while another one trains.
@@ -400,15 +346,16 @@ class EMAHandler:
     def load_state_dict(
         self, state_dict: Mapping[str, Any] | None, *, full_state_dict: bool = False
     ) -> None:
-        """Load what `state_dict` returned, and go on from there, warm-up included.
+        """Load what `state_dict` returned, and continue from there, warm-up included.
 
-        The saved schedule replaces the handler's; a warning says so where they differ. Assign
-        `handler.schedule` afterwards to change it on purpose. A module's state dict, such as that
-        of an EMA model which Ignite's handler made, is loaded too, and has no schedule.
+        The saved schedule replaces the handler's, with a warning if they differ. Assign
+        `handler.schedule` afterwards to change it on purpose. A module's state dict can be loaded
+        too, e.g. that of the EMA model of Ignite's handler; it has no schedule.
 
         Args:
             state_dict: The state.
-            full_state_dict: Whether rank 0 alone has it, whole; see `ModelEMA.load_state_dict`.
+            full_state_dict: Whether only rank 0 has the state, as whole tensors; see
+                `ModelEMA.load_state_dict`.
 
         Raises:
             ValueError: The state is of neither kind, or does not fit the model. Nothing has been
@@ -420,16 +367,14 @@ class EMAHandler:
         """A copy is attached to no engine."""
         return {**self.__dict__, "_attachments": []}
 
-    def _show_momentum(self, engine: Engine, name: str) -> None:
+    def _show_momentum(self, engine: Engine, attachment: _Attachment) -> None:
         """Write the momentum of the next update into `engine.state`, unless the user drives it."""
-        attachment = self._attachment_of(engine)
-        assert attachment is not None  # attach() registers this
-        shown: Any = getattr(engine.state, name, None)
-        # What differs from what was written last, the user wrote. A tensor's value is not asked
-        # for: reading it would wait for the device.
+        shown: Any = getattr(engine.state, attachment.name, None)
+        # The user wrote a value that differs from the last one written here. A tensor is not
+        # compared: reading it would wait for the device.
         driven = isinstance(shown, Tensor) or (shown is not None and shown != attachment.written)
         if not (driven and isinstance(self.schedule, Constant)):
-            self._write_momentum(engine, attachment, name)
+            self._write_momentum(engine, attachment)
         self._event_index = self.update_index + 1
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
@@ -441,80 +386,64 @@ class EMAHandler:
         """
         self.ema.update(getattr(engine.state, name))
 
-    def _count_event(self, engine: Engine, name: str) -> None:  # noqa: ARG002
+    def _count_event(self) -> None:
         """Count an event whose override did not call `ema.update`, as Ignite's warm-up does."""
         self.ema.update_index = max(self.ema.update_index, self._event_index)
 
-    def _write_momentum(self, engine: Engine, attachment: _Attachment, name: str) -> None:
+    def _write_momentum(self, engine: Engine, attachment: _Attachment) -> None:
         attachment.written = momentum_from(self.schedule, self.update_index + 1)
-        setattr(engine.state, name, attachment.written)
+        setattr(engine.state, attachment.name, attachment.written)
 
-    def _attachment_of(self, engine: Engine) -> _Attachment | None:
-        return next((found for found in self._attachments if found.engine() is engine), None)
+    def _attachment_to(self, engine: Engine, argument: str) -> _Attachment:
+        """The engine's attachment, new or detached; an error if it is attached."""
+        if not isinstance(engine, Engine):
+            raise TypeError(
+                f"{argument} must be an Ignite Engine, but got {type(engine).__name__}. Give the "
+                "trainer to attach(), and the engine that evaluates the model to attach_swap()."
+            )
+        self._attachments = [one for one in self._attachments if one.engine() is not None]
+        attachment = next((one for one in self._attachments if one.engine() is engine), None)
+        if attachment is None:
+            attachment = _Attachment(weakref.ref(engine))
+            self._attachments.append(attachment)
+        if attachment.undo is not None:
+            raise RuntimeError(
+                f"This EMAHandler {'updates' if attachment.name else 'swaps'} on this engine "
+                "already: attached again, it would update twice per event, or while the weights "
+                "are swapped. Use another engine, or call detach() first."
+            )
+        return attachment
 
-    def _keep(self, attachment: _Attachment) -> None:
-        """Remember it in place of the engine's last one, and forget engines that are gone."""
-        gone = (None, attachment.engine())
-        kept = [a for a in self._attachments if all(a.engine() is not one for one in gone)]
-        self._attachments = [*kept, attachment]
-
-    def _is_saved_by(
-        self, listener: object, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> bool:
-        # Not imported here: this takes a while, and without it there is no Checkpoint.
+    def _is_saved_by(self, entry: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
+        listener, args, kwargs = entry
+        # From sys.modules: importing it is slow, and if it is not imported there is no Checkpoint.
         checkpoint = sys.modules.get("ignite.handlers.checkpoint")
         listener = getattr(listener, "__wrapped__", listener)  # Ignite wraps those with a filter
         if checkpoint is None or not isinstance(listener, checkpoint.Checkpoint):
             return False
-        # A ModelCheckpoint is given its objects when the event fires.
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
-        own = (self, self.ema, self.ema._state.module)
-        return any(
-            saved is one
-            for objects in (listener.to_save, *given)
-            for saved in objects.values()
-            for one in own
-        )
-
-
-def _check_options(options: Mapping[str, object]) -> None:
-    accepted = [*inspect.signature(ModelEMA).parameters]
-    for name in options.keys() - accepted:
-        own = inspect.signature(EMAHandler).parameters
-        names = ", ".join(one for one in dict.fromkeys([*own, *accepted]) if one != "options")
-        raise TypeError(
-            f"EMAHandler got an unexpected keyword argument {name!r}, which would do nothing. It "
-            f"takes: {names}."
-        )
-
-
-def _check_engine(engine: object, argument: str, which: str) -> None:
-    if not isinstance(engine, Engine):
-        raise TypeError(
-            f"{argument} must be an Ignite Engine, {which}, but got {type(engine).__name__}."
-        )
+        # A ModelCheckpoint gets its objects as an argument, when the event fires.
+        arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
+        saved = {id(one) for objects in (listener.to_save, *arguments) for one in objects.values()}
+        return not saved.isdisjoint(map(id, (self, self.ema, self.ema._state.module)))
 
 
 def _schedule_from_arguments(
     momentum: float, momentum_warmup: float | None, warmup_iters: float | None
 ) -> Schedule:
-    constant = Constant(momentum)
+    # Half a warm-up is checked too.
+    warmup = LinearWarmup(
+        momentum if momentum_warmup is None else momentum_warmup,
+        momentum,
+        0 if warmup_iters is None else warmup_iters,
+    )
     if momentum_warmup is not None and warmup_iters is not None:
-        return LinearWarmup(momentum_warmup, momentum, warmup_iters)
-    given, missing = ("momentum_warmup", "warmup_iters")
-    if warmup_iters is not None:
-        given, missing = missing, given
-    if momentum_warmup is not None or warmup_iters not in (None, 0):
-        # Its own errors come first; whatever is missing is filled with a valid value.
-        LinearWarmup(
-            momentum if momentum_warmup is None else momentum_warmup,
-            momentum,
-            1 if warmup_iters is None else warmup_iters,
-        )
+        return warmup
+    if momentum_warmup is not None or warmup.warmup_iters > 0:
         warnings.warn(
-            f"{given} was given without {missing}, so there is no warm-up: the momentum is "
-            f"{momentum} from the first update. Give both for a warm-up, or neither.",
+            f"momentum_warmup={momentum_warmup} was given with warmup_iters={warmup_iters}, so "
+            f"there is no warm-up: the momentum is {momentum} from the first update. Give both for "
+            "a warm-up, or neither.",
             UserWarning,
             stacklevel=3,
         )
-    return constant
+    return Constant(momentum)

@@ -1,24 +1,78 @@
 """Schedules: pure functions from the update index, counting from 1, to the momentum.
 
-The momentum is the weight of the new value, 1 - decay. Any function will do as a schedule; these
-are the field's, frozen, so that they compare and print. Where 1 - decay would cancel digits, the
-momentum is computed directly. Numbers become plain floats and ints at construction, so that a
-saved schedule is plain data whatever it was made of.
+The momentum is the weight of the new value, 1 - decay. Any function can be a schedule; those in
+common use are here, as frozen dataclasses, which compare and print. Where 1 - decay would cancel
+digits, the momentum is computed directly. Numbers become plain floats and ints at construction, so
+that a saved schedule is plain data, even if it was given NumPy's numbers.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+import operator
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class Constant:
+class _Schedule:
+    """What the schedules below share: checks of the update index and of their fields."""
+
+    def __call__(self, update_index: int) -> float:
+        """The momentum of that update."""
+        update_index = operator.index(update_index)  # NumPy's integers would return NumPy's floats
+        if update_index < 1:
+            raise ValueError(
+                f"Invalid update index: {update_index}. Updates are counted from 1: the first "
+                "update's momentum is schedule(1)."
+            )
+        return self._momentum(update_index)
+
+    def _momentum(self, update_index: int) -> float:
+        raise NotImplementedError
+
+    def _check_fractions(self, *names: str) -> None:
+        problem = "Outside [0, 1] the EMA is no average and may diverge: give a value in [0, 1]."
+        for name in names:
+            self._check_float(name, 0, 1, problem)
+
+    def _check_positive(self, name: str, meaning: str) -> None:
+        problem = f"It is {meaning}: give a finite value above 0."
+        self._check_float(name, math.ulp(0.0), sys.float_info.max, problem)
+
+    def _check_float(self, name: str, low: float, high: float, problem: str) -> None:
+        """Raise unless the field is a number from `low` to `high`, and make it a float."""
+        value = getattr(self, name)
+        if not _is_number(value):
+            raise TypeError(f"Invalid {name}: {value!r}, a {type(value).__name__}. Give a number.")
+        if not low <= float(value) <= high:
+            raise ValueError(f"Invalid {name}: {value}. {problem}")
+        object.__setattr__(self, name, float(value))
+
+    def _check_count(self, name: str, least: int = 1) -> None:
+        """Raise unless the field is an integer, and make it an int."""
+        value = getattr(self, name)
+        count = round(value) if _is_number(value) and math.isfinite(value) else None
+        # A float may be an integer up to a few roundings: 0.29 * 100 is below 29.
+        if count is None or not math.isclose(value, count, rel_tol=2**-50):
+            raise TypeError(
+                f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
+                "give an integer."
+            )
+        if count < least:
+            raise ValueError(
+                f"Invalid {name}: {value}. It counts updates or steps: give at least {least}."
+            )
+        object.__setattr__(self, name, int(count))
+
+
+@dataclass(frozen=True)
+class Constant(_Schedule):
     r"""The same momentum at every update: :math:`\lambda_t = \lambda`.
 
     Args:
@@ -36,16 +90,14 @@ class Constant:
     momentum: float
 
     def __post_init__(self) -> None:
-        _check_fraction(self, "momentum")
+        self._check_fractions("momentum")
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, _: int) -> float:
         return self.momentum
 
 
 @dataclass(frozen=True)
-class LinearWarmup:
+class LinearWarmup(_Schedule):
     r"""From one momentum to another in a straight line, up or down, and constant from then on.
 
     .. math:: \lambda_t = \lambda_1 + (\lambda - \lambda_1)\,\frac{t - 1}{\max(1, n - 1)}
@@ -60,7 +112,7 @@ class LinearWarmup:
 
     Raises:
         ValueError: A value is out of its range.
-        TypeError: A value is not a number, or `warmup_iters` not an integral one.
+        TypeError: A value is not a number, or `warmup_iters` is not an integer.
 
     Example:
         >>> schedule = LinearWarmup(0.5, 0.1, warmup_iters=3)
@@ -73,13 +125,10 @@ class LinearWarmup:
     warmup_iters: float  # an int once constructed
 
     def __post_init__(self) -> None:
-        _check_fraction(self, "momentum")
-        _check_fraction(self, "momentum_warmup")
-        _check_count(self, "warmup_iters", least=0)
+        self._check_fractions("momentum", "momentum_warmup")
+        self._check_count("warmup_iters", least=0)
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, update_index: int) -> float:
         if update_index >= max(2, self.warmup_iters):
             return self.momentum
         # Ignite's order of operations, and its bound: a rounded sum could pass the end.
@@ -90,8 +139,8 @@ class LinearWarmup:
 
 
 @dataclass(frozen=True)
-class InverseDecay:
-    r"""A decay that grows towards 1 like an inverse power of the updates made before.
+class InverseDecay(_Schedule):
+    r"""A decay whose distance from 1 falls as an inverse power of the number of updates.
 
     .. math:: decay_t = clip(1 - (1 + (t - 1) / \gamma)^{-p},\ min,\ max)
 
@@ -121,25 +170,22 @@ class InverseDecay:
     max_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        _check_positive(self, "gamma", "a scale in updates")
-        _check_positive(self, "power", "an exponent, and without it the decay would never rise")
-        _check_fraction(self, "min_decay")
-        _check_fraction(self, "max_decay")
+        self._check_positive("gamma", "a scale in updates")
+        self._check_positive("power", "an exponent, and without it the decay would never rise")
+        self._check_fractions("min_decay", "max_decay")
         if self.min_decay > self.max_decay:
             raise ValueError(
                 f"Invalid min_decay: {self.min_decay}, above max_decay={self.max_decay}, so no "
                 "decay satisfies both. Give min_decay <= max_decay."
             )
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, update_index: int) -> float:
         momentum = math.pow(1 + (update_index - 1) / self.gamma, -self.power)
         return min(max(momentum, 1 - self.max_decay), 1 - self.min_decay)
 
 
 @dataclass(frozen=True)
-class CountWarmup:
+class CountWarmup(_Schedule):
     r"""A decay that grows with the number of updates until it reaches its value.
 
     .. math:: decay_t = min(decay,\ (1 + t) / (10 + t))
@@ -163,16 +209,14 @@ class CountWarmup:
     decay: float
 
     def __post_init__(self) -> None:
-        _check_fraction(self, "decay")
+        self._check_fractions("decay")
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, update_index: int) -> float:
         return max(1 - self.decay, 9 / (10 + update_index))
 
 
 @dataclass(frozen=True)
-class ExponentialRamp:
+class ExponentialRamp(_Schedule):
     r"""A decay that approaches its value exponentially.
 
     .. math:: decay_t = decay \cdot (1 - e^{-t / \tau})
@@ -181,7 +225,7 @@ class ExponentialRamp:
 
     Args:
         decay: In [0, 1].
-        tau: :math:`\tau > 0`, in updates: after so many, 63 % of the decay is reached.
+        tau: :math:`\tau > 0`, in updates: after that many, 63 % of the decay is reached.
 
     Raises:
         ValueError: A value is out of its range.
@@ -197,18 +241,16 @@ class ExponentialRamp:
     tau: float = 2000
 
     def __post_init__(self) -> None:
-        _check_fraction(self, "decay")
-        _check_positive(self, "tau", "a time constant in updates")
+        self._check_fractions("decay")
+        self._check_positive("tau", "a time constant in updates")
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, update_index: int) -> float:
         return (1 - self.decay) + self.decay * math.exp(-update_index / self.tau)
 
 
 @dataclass(frozen=True)
-class CosineRamp:
-    r"""A decay that rises from its base to 1 along half a cosine: in the end the EMA stands still.
+class CosineRamp(_Schedule):
+    r"""A decay that rises from its base to 1 along half a cosine, until the EMA stands still.
 
     .. math:: decay_t = 1 - (1 - base) \cdot (\cos(\pi\,\min(t - 1, n) / n) + 1) / 2
 
@@ -221,7 +263,7 @@ class CosineRamp:
 
     Raises:
         ValueError: A value is out of its range.
-        TypeError: A value is not a number, or `updates` not an integer.
+        TypeError: A value is not a number, or `updates` is not an integer.
 
     Example:
         >>> schedule = CosineRamp(0.75, updates=100)
@@ -233,12 +275,10 @@ class CosineRamp:
     updates: int
 
     def __post_init__(self) -> None:
-        _check_fraction(self, "base_decay")
-        _check_count(self, "updates")
+        self._check_fractions("base_decay")
+        self._check_count("updates")
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, update_index: int) -> float:
         # (cos(pi x) + 1) / 2 = sin(pi (1 - x) / 2)^2, which keeps its digits near x = 1, where the
         # difference must be taken between integers.
         left = max(0, self.updates - (update_index - 1)) / self.updates
@@ -246,15 +286,14 @@ class CosineRamp:
 
 
 @dataclass(frozen=True)
-class HalfLife:
-    r"""A constant momentum given as the steps in which an old weight's share halves.
+class HalfLife(_Schedule):
+    r"""A constant momentum, given as the steps after which an old value counts half as much.
 
     .. math:: decay = 2^{-every / half\_life}
 
-    The half-life is in the trainer's steps, so updating every so many steps does not change it.
-    Source: `TraditionalEMA` in the code of Karras et al. 2024, "Analyzing and Improving the
-    Training Dynamics of Diffusion Models", https://arxiv.org/abs/2312.02696, less its ramp-up; and
-    the `EMA` of MosaicML's Composer.
+    The half-life is in the trainer's steps, so `every` does not change it. Source: `TraditionalEMA`
+    of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
+    https://arxiv.org/abs/2312.02696, without its ramp-up; and the `EMA` of MosaicML's Composer.
 
     Args:
         half_life: In steps of the trainer, above 0.
@@ -262,7 +301,7 @@ class HalfLife:
 
     Raises:
         ValueError: A value is out of its range.
-        TypeError: `half_life` is not a number, or `every` not an integer.
+        TypeError: `half_life` is not a number, or `every` is not an integer.
 
     Example:
         >>> HalfLife(1)(1), HalfLife(2, every=2)(1)
@@ -273,30 +312,28 @@ class HalfLife:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "half_life", "a number of steps")
-        _check_count(self, "every")
+        self._check_positive("half_life", "a number of steps")
+        self._check_count("every")
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, _: int) -> float:
         return -math.expm1(-math.log(2) * self.every / self.half_life)
 
 
 @dataclass(frozen=True)
-class Delayed:
-    r"""Copy the online weights for a while, and only then begin with a schedule.
+class Delayed(_Schedule):
+    r"""Copy the online weights in the first updates, and then follow another schedule.
 
     .. math:: \lambda_t = 1 \text{ for } t \le n,\ \lambda'_{t - n} \text{ after}
 
     Source: `update_after_step` of ema-pytorch's `EMA` and of diffusers' `EMAModel`.
 
     Args:
-        schedule: :math:`\lambda'`, which then counts from 1.
+        schedule: :math:`\lambda'`, which counts from 1 after the delay.
         updates: :math:`n`, at least 1.
 
     Raises:
         ValueError: `updates` is below 1.
-        TypeError: `schedule` is not a function, or `updates` not an integer.
+        TypeError: `schedule` is not a function, or `updates` is not an integer.
 
     Example:
         >>> schedule = Delayed(Constant(0.25), updates=2)
@@ -313,11 +350,9 @@ class Delayed:
                 f"Invalid schedule: {self.schedule!r}. It gives the momentum after the delay: give "
                 "another one of these schedules, or a function of your own."
             )
-        _check_count(self, "updates")
+        self._check_count("updates")
 
-    def __call__(self, update_index: int) -> float:
-        """The momentum of that update."""
-        _check_index(update_index)
+    def _momentum(self, update_index: int) -> float:
         return 1.0 if update_index <= self.updates else self.schedule(update_index - self.updates)
 
 
@@ -325,11 +360,10 @@ def momentum_from(schedule: Schedule, update_index: int) -> float:
     """The schedule's momentum for this update.
 
     Raises:
-        ValueError: It is none: not a number in [0, 1].
+        ValueError: The schedule did not return a number in [0, 1].
     """
     momentum: Any = schedule(update_index)
-    number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
-    if not number or not 0 <= momentum <= 1:
+    if not _is_number(momentum) or not 0 <= momentum <= 1:
         raise ValueError(
             f"Invalid momentum: {momentum!r}, from the schedule at update {update_index}. A "
             "schedule gives the weight of the online weights (1 - decay), in [0, 1]."
@@ -341,26 +375,11 @@ def check_schedule(schedule: object) -> None:
     """Raise unless it is a function that gives a momentum for the first update."""
     if not callable(schedule):
         raise TypeError(
-            f"schedule must be a function from the update index to the momentum, but got "
+            "schedule must be a function from the update index to the momentum, but got "
             f"{schedule!r}. Give one of ema_triton.schedules, e.g. HalfLife(1000), or a "
             "function of your own."
         )
     momentum_from(schedule, 1)
-
-
-_SCHEDULES = {
-    schedule.__name__: schedule
-    for schedule in (
-        Constant,
-        LinearWarmup,
-        InverseDecay,
-        CountWarmup,
-        ExponentialRamp,
-        CosineRamp,
-        HalfLife,
-        Delayed,
-    )
-}
 
 
 def schedule_to_state(schedule: Schedule) -> dict[str, Any] | None:
@@ -370,15 +389,14 @@ def schedule_to_state(schedule: Schedule) -> dict[str, Any] | None:
         >>> schedule_to_state(Constant(0.1))
         {'name': 'Constant', 'momentum': 0.1}
     """
-    name = type(schedule).__name__
-    if type(schedule) is not _SCHEDULES.get(name):
+    if type(schedule) not in _SCHEDULES.values():
         return None
-    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    state = {"name": type(schedule).__name__, **vars(schedule)}
     if isinstance(schedule, Delayed):
-        values["schedule"] = schedule_to_state(schedule.schedule)
-        if values["schedule"] is None:
+        state["schedule"] = schedule_to_state(schedule.schedule)
+        if state["schedule"] is None:
             return None
-    return {"name": name, **values}
+    return state
 
 
 def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
@@ -391,92 +409,22 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
         >>> schedule_from_state({"name": "HalfLife", "half_life": 1000.0, "every": 4})
         HalfLife(half_life=1000.0, every=4)
     """
-    values = dict(state) if isinstance(state, Mapping) else {"name": state}
-    name = values.pop("name", None)
-    kind = _SCHEDULES.get(str(name))
-    problem = f"its name is not one of {', '.join(_SCHEDULES)}"
-    if kind is not None:
-        try:
-            inner = values.get("schedule")
-            if kind is Delayed and isinstance(inner, Mapping) and inner.get("name") != name:
-                values["schedule"] = schedule_from_state(inner)
-            elif kind is Delayed:
-                raise TypeError("its schedule is not one that can be delayed")
-            return kind(**values)
-        except (TypeError, ValueError) as error:
-            known = ", ".join(field.name for field in fields(kind))
-            problem = f"{error} (the fields of {kind.__name__} are: {known})"
-    raise ValueError(
-        f"The saved schedule {state!r} cannot be restored: {problem}. It was written by another "
-        "release, or is damaged."
-    )
-
-
-def _check_index(update_index: int) -> None:
-    if type(update_index) is not int:
-        raise TypeError(
-            f"Invalid update index: {update_index!r}, a {type(update_index).__name__}. Updates are "
-            "counted, from 1: give an int."
-        )
-    if update_index < 1:
-        raise ValueError(
-            f"Invalid update index: {update_index}. Updates are counted from 1: the first update's "
-            "momentum is schedule(1)."
-        )
-
-
-def _check_number(schedule: object, name: str) -> float:
-    value = getattr(schedule, name)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"Invalid {name}: {value!r}, a {type(value).__name__}. A schedule computes with it: "
-            "give a number."
-        )
     try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    object.__setattr__(schedule, name, number)
-    return number
-
-
-def _check_fraction(schedule: object, name: str) -> None:
-    value = getattr(schedule, name)
-    if not 0 <= _check_number(schedule, name) <= 1:
+        values = dict(state)
+        kind = _SCHEDULES[values.pop("name")]
+        if kind is Delayed:
+            values["schedule"] = schedule_from_state(values["schedule"])
+        return kind(**values)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Invalid {name}: {value}. Outside [0, 1] the EMA is no average of the weights and may "
-            "diverge: give a value in [0, 1]."
-        )
+            f"The saved schedule {state!r} cannot be restored ({error}). It is damaged, or was "
+            f"written by another release. The schedules of this one are {', '.join(_SCHEDULES)}."
+        ) from error
 
 
-def _check_positive(schedule: object, name: str, meaning: str) -> None:
-    value = getattr(schedule, name)
-    if not 0 < _check_number(schedule, name) < math.inf:
-        raise ValueError(f"Invalid {name}: {value}. It is {meaning}: give a finite value above 0.")
+def _is_number(value: object) -> bool:
+    # A float first: an abstract class takes longer to answer.
+    return isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)
 
 
-def _check_count(schedule: object, name: str, least: int = 1) -> None:
-    value = getattr(schedule, name)
-    count = _integral(value)
-    if count is None:
-        raise TypeError(
-            f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
-            "give an integer."
-        )
-    if count < least:
-        raise ValueError(
-            f"Invalid {name}: {value}. It counts updates or steps: give at least {least}."
-        )
-    object.__setattr__(schedule, name, count)
-
-
-def _integral(value: object) -> int | None:
-    """The integer that it is, up to a few roundings: 0.29 * 100 is below 29."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    number = float(value)
-    if not math.isfinite(number) or not math.isclose(number, round(number), rel_tol=2**-50):
-        return None
-    return round(number)
+_SCHEDULES = {kind.__name__: kind for kind in _Schedule.__subclasses__()}  # by name, as saved

@@ -6,6 +6,7 @@ one ulp, 2 U. Errors are added to first order, and one more U covers the product
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from decimal import Decimal, localcontext
@@ -337,15 +338,18 @@ def test_an_index_below_1_is_an_error(schedule: Callable[[int], float], index: i
 
 
 @each
-@pytest.mark.parametrize(
-    "index", [1.0, 1.5, "1", None, True, float("nan"), np.float32(1)], ids=repr
-)
+@pytest.mark.parametrize("index", [1.0, 1.5, "1", None, float("nan"), np.float32(1)], ids=repr)
 def test_an_index_that_is_no_int_is_an_error(schedule: Callable[[int], float], index: Any) -> None:
-    with pytest.raises(TypeError) as error:
+    kind = re.escape(type(index).__name__)
+    with pytest.raises(TypeError, match=f"'[a-z.]*{kind}' object cannot be interpreted as an int"):
         schedule(index)
-    text = str(error.value)
-    assert text.startswith(f"Invalid update index: {index!r}, a {type(index).__name__}. ")
-    assert text.endswith("give an int.")
+
+
+@each
+def test_an_index_of_numpy_is_an_int(schedule: Callable[[int], float]) -> None:
+    momenta = [schedule(index) for index in np.arange(1, 30)]
+    assert momenta == [schedule(index) for index in range(1, 30)]
+    assert {type(momentum) for momentum in momenta} == {float}
 
 
 NAN, INF = float("nan"), float("inf")
@@ -384,20 +388,18 @@ def test_every_field_is_checked() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [-0.1, 1.5, 5, -1, -5e-324, 1 + 2**-52, NAN, INF, -INF, 10**400],
-    ids=lambda value: str(value)[:8],
+    [-0.1, 1.5, 5, -1, -5e-324, 1 + 2**-52, NAN, INF, -INF],
+    ids=str,
 )
 @pytest.mark.parametrize(("kind", "name"), FRACTION_FIELDS)
 def test_a_fraction_outside_its_range_is_an_error(kind: type, name: str, value: float) -> None:
     assert refusal(kind, name, value, ValueError) == (
-        f"Invalid {name}: {value}. Outside [0, 1] the EMA is no average of the weights and may "
-        "diverge: give a value in [0, 1]."
+        f"Invalid {name}: {value}. Outside [0, 1] the EMA is no average and may diverge: give a "
+        "value in [0, 1]."
     )
 
 
-@pytest.mark.parametrize(
-    "value", [0, 0.0, -1, -0.5, NAN, INF, -INF, 10**400], ids=lambda value: str(value)[:8]
-)
+@pytest.mark.parametrize("value", [0, 0.0, -1, -0.5, NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize(("kind", "name", "meaning"), POSITIVE_FIELDS)
 def test_a_scale_that_is_not_positive_is_an_error(
     kind: type, name: str, meaning: str, value: float
@@ -407,7 +409,7 @@ def test_a_scale_that_is_not_positive_is_an_error(
     )
 
 
-@pytest.mark.parametrize("value", [0, -3, -(10**400)], ids=lambda value: str(value)[:8])
+@pytest.mark.parametrize("value", [0, -3, -(10**30)], ids=str)
 @pytest.mark.parametrize(("kind", "name"), COUNT_FIELDS)
 def test_a_count_below_its_least_is_an_error(kind: type, name: str, value: int) -> None:
     least = 0 if kind is LinearWarmup else 1
@@ -444,8 +446,7 @@ def test_integral_numbers_are_counts(kind: type, name: str, value: Any, count: i
 )
 def test_what_is_no_number_is_an_error(kind: type, name: str, value: Any) -> None:
     assert refusal(kind, name, value, TypeError) == (
-        f"Invalid {name}: {value!r}, a {type(value).__name__}. A schedule computes with it: give a "
-        "number."
+        f"Invalid {name}: {value!r}, a {type(value).__name__}. Give a number."
     )
 
 
@@ -510,26 +511,26 @@ def test_an_unknown_state_is_an_error(state: Any) -> None:
     with pytest.raises(ValueError, match="cannot be restored") as error:
         schedule_from_state(state)
     text = str(error.value)
-    assert text.startswith(f"The saved schedule {state!r} cannot be restored: ")
-    assert f"its name is not one of {KNOWN}. " in text
-    assert text.endswith("It was written by another release, or is damaged.")
+    assert text.startswith(f"The saved schedule {state!r} cannot be restored (")
+    assert text.endswith(f"The schedules of this one are {KNOWN}.")
 
 
 @pytest.mark.parametrize(
-    ("state", "problem", "known"),
+    ("state", "problem"),
     [
-        ({"name": "Constant"}, "'momentum'", "Constant are: momentum"),
-        ({"name": "Constant", "momentum": 0.5, "tau": 2}, "'tau'", "Constant are: momentum"),
-        ({"name": "Constant", "momentum": 2.0}, "Invalid momentum: 2.0.", "Constant are: momentum"),
-        ({"name": "HalfLife", "half_life": "3"}, "Invalid half_life: '3'", "half_life, every"),
-        ({"name": "Constant", 1: 0.5}, "keywords must be strings", "Constant are: momentum"),
+        ({"name": "Constant"}, "'momentum'"),
+        ({"name": "Constant", "momentum": 0.5, "tau": 2}, "'tau'"),
+        ({"name": "Constant", "momentum": 2.0}, "Invalid momentum: 2.0."),
+        ({"name": "Constant", "momentum": 10**400}, "int too large"),
+        ({"name": "HalfLife", "half_life": "3"}, "Invalid half_life: '3'"),
+        ({"name": "Constant", 1: 0.5}, "keywords must be strings"),
+        ({"name": "Delayed", "updates": 2}, "'schedule'"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
-def test_a_state_with_wrong_fields_is_an_error(state: Any, problem: str, known: str) -> None:
+def test_a_state_with_wrong_fields_is_an_error(state: Any, problem: str) -> None:
     with pytest.raises(ValueError, match="cannot be restored") as error:
         schedule_from_state(state)
     text = str(error.value)
-    assert text.startswith(f"The saved schedule {state!r} cannot be restored: ")
+    assert text.startswith(f"The saved schedule {state!r} cannot be restored (")
     assert problem in text
-    assert f"{known})" in text
