@@ -6,6 +6,7 @@ At an engine's event it computes the momentum of the next update from the schedu
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 import weakref
@@ -113,6 +114,7 @@ class EMAHandler:
                 f"schedule={schedule} and (momentum, momentum_warmup, warmup_iters)={arguments} "
                 "were given, and only one can decide. Give the schedule alone, or leave it out."
             )
+        _check_options(options)
         self.ema = ModelEMA(model, handle_buffers=handle_buffers, **options)
         self._attachments: list[_Attachment] = []
         self.schedule = schedule
@@ -447,3 +449,14 @@ def _schedule_from_arguments(
             stacklevel=3,
         )
     return Constant(momentum)
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    accepted = inspect.signature(ModelEMA).parameters
+    for name in options.keys() - accepted:
+        own = inspect.signature(EMAHandler).parameters
+        names = ", ".join(one for one in {**own, **accepted} if one != "options")
+        raise TypeError(
+            f"EMAHandler got an unexpected keyword argument {name!r}, which would do nothing. It "
+            f"takes: {names}."
+        )

@@ -415,7 +415,7 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
         if kind is Delayed:
             values["schedule"] = schedule_from_state(values["schedule"])
         return kind(**values)
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"The saved schedule {state!r} cannot be restored ({error}). It is damaged, or was "
             f"written by another release. The schedules of this one are {', '.join(_SCHEDULES)}."

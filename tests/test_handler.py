@@ -1122,9 +1122,13 @@ def test_bad_arguments_are_errors_at_construction(
         assert word in str(error.value), f"{word!r} is not in {str(error.value)!r}"
 
 
-def test_unknown_keywords_are_errors() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'momentum_warm_up'"):
+def test_unknown_keywords_are_errors_that_list_the_known_ones() -> None:
+    with pytest.raises(TypeError) as error:
         EMAHandler(unit_model(), momentum_warm_up=0.1)  # type: ignore[call-arg]
+    text = str(error.value)
+    assert text.startswith("EMAHandler got an unexpected keyword argument 'momentum_warm_up'")
+    known = {*inspect.signature(ModelEMA).parameters, *inspect.signature(EMAHandler).parameters}
+    assert {*text.rpartition("It takes: ")[2].rstrip(".").split(", ")} == known - {"options"}
 
 
 def test_the_typed_options_are_those_of_model_ema() -> None:
