@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from tests.plain import PlainEMA, assert_same, move
-from tests.test_state import (
+from tests.checkpoint.test_state_dict import (
     BACKENDS,
     BF16,
     DEVICE,
@@ -24,6 +23,7 @@ from tests.test_state import (
     through_file,
     train,
 )
+from tests.plain import PlainEMA, assert_same, move
 
 # In any order.
 WITHOUT = r"(?s)(?=.*as_module=False)(?=.*swapped\(\))"

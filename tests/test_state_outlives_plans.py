@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from tests.plain import PlainEMA, as_real, move
-from tests.test_state import (
+from tests.checkpoint.test_state_dict import (
     BACKENDS,
     BF16,
     DEVICE,
@@ -29,6 +28,7 @@ from tests.test_state import (
     through_file,
     train,
 )
+from tests.plain import PlainEMA, as_real, move
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,7 +14,7 @@ pytest.importorskip("safetensors")
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-TIMM = Path(__file__).parent / "files" / "timm_checkpoint.pth.tar"
+TIMM = Path(__file__).parents[1] / "files" / "timm_checkpoint.pth.tar"
 
 
 class Net(nn.Module):

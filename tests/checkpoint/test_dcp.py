@@ -14,8 +14,7 @@ from ignite.engine import Engine
 
 from ema_triton import CountWarmup, EMAHandler, HalfLife, LinearWarmup, ModelEMA
 from ema_triton.distributed.dtensor import local_part
-from tests.ranks import run
-from tests.test_sharded import (
+from tests.distributed.test_sharded import (
     Net,
     assert_same,
     by_fsdp,
@@ -27,6 +26,7 @@ from tests.test_sharded import (
     shard,
     wholes_of,
 )
+from tests.ranks import run
 
 pytestmark = pytest.mark.distributed
 
