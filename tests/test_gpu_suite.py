@@ -14,7 +14,7 @@ from tests.test_imports import WITHOUT
 TESTS = Path(__file__).parent
 # What a machine that is lent with a GPU may lack, and the GPU tests that need it.
 NEEDS = {
-    "ignite": {"test_handler.py", "test_ignite_suite.py"},
+    "ignite": {"test_handler_models.py", "test_ignite_suite.py"},
     "safetensors": {"checkpoint/test_files.py"},
     "tqdm": {"test_bench.py"},
 }

@@ -14,7 +14,8 @@ from ignite.engine import Engine
 
 from ema_triton import CountWarmup, EMAHandler, HalfLife, LinearWarmup, ModelEMA
 from ema_triton.distributed.dtensor import local_part
-from tests.distributed.test_sharded import (
+from tests.ranks import run
+from tests.sharded import (
     Net,
     assert_same,
     by_fsdp,
@@ -26,7 +27,6 @@ from tests.distributed.test_sharded import (
     shard,
     wholes_of,
 )
-from tests.ranks import run
 
 pytestmark = pytest.mark.distributed
 

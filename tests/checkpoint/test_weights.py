@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_triton import ModelEMA
+from tests.plain import assert_same
 
 pytest.importorskip("safetensors")
 
@@ -44,13 +45,6 @@ def trained(dtype: torch.dtype = torch.float32, updates: int = 3) -> ModelEMA:
 
 def shown(ema: ModelEMA) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in ema.ema_model.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

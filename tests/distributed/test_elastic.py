@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.test_sharded import assert_same
+from tests.sharded import assert_same
 
 pytestmark = pytest.mark.distributed
 
