@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.low_precision", "tests.plain", "tests.sharded")
+
 GPU = torch.cuda.is_available()
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
@@ -74,6 +76,29 @@ def no_cpu(
 def kernel_device() -> torch.device:
     """The device on which the Triton backend runs in this session."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(params=["foreach", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str, kernel_device: torch.device) -> torch.device:
+    """The device on which the test's backend runs."""
+    return kernel_device if backend == "triton" else torch.device("cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order; and on small tensors, threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=GPU)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,3 +89,11 @@ def layouts(draw: st.DrawFn, *, gaps: bool = True) -> Layout:
     offset = draw(st.sampled_from([0, 0, 1, 3, 4, 8]))
     gap = draw(st.sampled_from([0, 0, 0, 1])) if gaps else 0
     return Layout(shape, order, offset, gap)
+
+
+def parameters(tensors: list[Tensor]) -> nn.ParameterList:
+    """A module with these very tensors, at just these strides, as parameters."""
+    module = nn.ParameterList([nn.Parameter(torch.empty(0)) for _ in tensors])
+    for parameter, tensor in zip(module, tensors, strict=True):
+        parameter.data = tensor
+    return module

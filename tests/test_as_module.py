@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from tests.plain import PlainEMA, assert_same, move
-from tests.test_state import (
-    BACKENDS,
+from tests.checkpoint.test_state_dict import (
     BF16,
     DEVICE,
     FP16,
@@ -24,18 +22,12 @@ from tests.test_state import (
     through_file,
     train,
 )
+from tests.plain import PlainEMA, assert_same, move
 
 # In any order.
 WITHOUT = r"(?s)(?=.*as_module=False)(?=.*swapped\(\))"
 GIVEN = r"(?s)(?=.*\bema_model\b)(?=.*as_module=False)"
 TRAINED = r"(?s)(?=.*\bema_train\b)(?=.*as_module=False)"
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
 
 
 def pair(model: nn.Module, **options: Any) -> tuple[ModelEMA, ModelEMA]:
@@ -330,9 +322,6 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Its state dict, without the hooks that warn of a swap."""
     found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return {name: found[name] for name in NAMES}
-
-
-# --- Ignite ------------------------------------------------------------------------------------
 
 
 def test_a_handler_evaluates_by_swapping() -> None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ema_triton import ModelEMA
 from ema_triton.distance import Distance
 from ema_triton.ops import foreach_backend
-from tests.strategies import REFERENCE_DTYPES, Layout, layouts
+from tests.strategies import REFERENCE_DTYPES, Layout, layouts, parameters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 2.0**-53
@@ -46,14 +46,6 @@ def assert_distance(found: Distance, pairs: list[tuple[Tensor, Tensor]]) -> None
     apart = norm([ema.double() - online.double() for ema, online in pairs])
     assert found.distance == pytest.approx(apart, rel=limit, abs=0)
     assert found.norm == pytest.approx(norm([online for _, online in pairs]), rel=limit, abs=0)
-
-
-def parameters(tensors: list[Tensor]) -> nn.ParameterList:
-    """A module with these tensors, at just these strides."""
-    module = nn.ParameterList([nn.Parameter(torch.empty(0)) for _ in tensors])
-    for parameter, tensor in zip(module, tensors, strict=True):
-        parameter.data = tensor
-    return module
 
 
 def held(ema: ModelEMA) -> dict[str, Tensor]:

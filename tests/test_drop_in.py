@@ -89,9 +89,6 @@ class Probe:
         return self
 
 
-# --- Subclasses that override _update_ema_model ------------------------------------------------
-
-
 def overriding(cls: type, body: Callable) -> type:
     class Handler(cls):
         def _update_ema_model(self, engine: Engine, name: str) -> None:
@@ -161,9 +158,6 @@ def test_the_method_itself_is_registered(cls: type, event: Any, kwargs: Any) -> 
     probe.engine.state.mine = 0.75
     method(probe.engine, "mine")  # by hand it reads the state too
     assert probe.handler.ema_model.weight.item() == 0.75
-
-
-# --- Subclasses that override attach -----------------------------------------------------------
 
 
 def by_name(self: Any, engine: Engine, name: str = "ema_momentum", event: Any = ITERATION) -> None:
@@ -267,9 +261,6 @@ def test_no_lambda_obj_is_no_warmup() -> None:
         own._momentum_lambda_obj = None
 
 
-# --- Engines of every kind ---------------------------------------------------------------------
-
-
 @dataclass
 class Trainer(Engine):
     """Cannot be hashed, and all are equal."""
@@ -342,9 +333,6 @@ def test_an_engine_is_not_kept_alive(cls: type, make: type, attach: Any) -> None
         handler.detach()
 
 
-# --- Assigning attributes ----------------------------------------------------------------------
-
-
 @both
 @pytest.mark.parametrize("name", ["ema_momentum", "mine"])
 def test_an_assigned_momentum_takes_effect(cls: type, name: str) -> None:
@@ -403,9 +391,6 @@ def test_what_cannot_be_assigned_says_what_to_do_instead(attribute: str) -> None
     assert getattr(handler, attribute) is before
 
 
-# --- A Checkpoint that runs before the update --------------------------------------------------
-
-
 def save(form: str, engine: Engine, event: Any, objects: Any, folder: Path) -> None:
     saver = ModelCheckpoint(folder, "m", n_saved=None)
     if form == "constructor":
@@ -456,8 +441,6 @@ def test_a_checkpoint_is_not_warned_of_where_it_does_no_harm(form: str, tmp_path
     assert handler.update_index == 2
 
 
-# --- warmup_iters ------------------------------------------------------------------------------
-
 ITERS = [0, 0.0, 1, 1.0, 5, 5.0, 1e4, 0.1 * 30]
 ITERS += [np.int64(5), np.int32(0), np.float64(5.0), np.float32(5.0), np.float16(0.0)]
 NO_ITERS = [2.5, 0.5, 0.1 * 3, 2.0001, 1e6 + 0.5, -1, -1.0, math.nan, math.inf, -math.inf]
@@ -505,9 +488,6 @@ def test_a_number_of_iterations_is_saved_as_a_plain_one(iters: Any) -> None:
         file.seek(0)
         again.load_state_dict(torch.load(file, weights_only=True))  # and does not warn
         assert Probe(again).attach().run(2).applied == near([0.3, 0.2])
-
-
-# --- What README says to those who come from Ignite --------------------------------------------
 
 
 @both

@@ -1,7 +1,6 @@
 """An exact EMA keeps its digits, whatever is done to the modules that hold it but writing it."""
 
 import copy
-import io
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema_triton import ModelEMA
-from ema_triton.ops.precision import join
+from tests.states import accumulated, saved
 
 
 def averaged(model: nn.Module, **options: object) -> tuple[ModelEMA, ModelEMA]:
@@ -30,30 +29,19 @@ def train(model: nn.Module, *emas: ModelEMA) -> None:
             ema.update(0.01)
 
 
-def values(ema: ModelEMA) -> list[Tensor]:
-    """The accumulated values, from the state."""
-    state = ema.state_dict()
-    return [
-        join(weight, state["residuals"][name]) if name in state["residuals"] else weight
-        for name, weight in state["weights"].items()
-    ]
-
-
 def assert_exact(ema: ModelEMA, wide: ModelEMA) -> None:
-    found, expected = values(ema), values(wide)
+    found, expected = accumulated(ema), accumulated(wide)
     assert len(found) == len(expected) > 0
     assert ema.state_dict()["residuals"]
     assert all(map(torch.equal, found, expected))
 
 
 def reloaded(ema: ModelEMA) -> None:
-    file = io.BytesIO()
-    torch.save(ema.state_dict(), file)
-    file.seek(0)
+    state = saved(ema.state_dict())
     with torch.no_grad():
         for parameter in ema.ema_model.parameters():
             parameter.zero_()
-    ema.load_state_dict(torch.load(file, weights_only=True))
+    ema.load_state_dict(state)
 
 
 class Cache(nn.Linear):

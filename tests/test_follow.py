@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ema_triton import ModelEMA
 from ema_triton.schedules import Constant, CosineRamp, Delayed, InverseDecay, LinearWarmup, Schedule
+from tests.states import saved
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -268,11 +268,8 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(again: object) -> None:
     model, optimizer, ema = followed(CosineRamp(0.5, 8))
     for _ in range(3):
         step(model, optimizer)
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, optimizer, ema)], file)
-    file.seek(0)
+    states = saved([part.state_dict() for part in (model, optimizer, ema)])
     twin, twins, resumed = followed(again)
-    states = torch.load(file, weights_only=True)
     for part, state in zip((twin, twins), states, strict=False):
         part.load_state_dict(state)
     other = again == Constant(0.3)
@@ -286,9 +283,6 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(again: object) -> None:
     assert equal(model, twin)
     assert equal(ema.ema_model, resumed.ema_model)
     assert resumed.update_index == 6
-
-
-# --- A delayed schedule -------------------------------------------------------------------------
 
 
 class Line:

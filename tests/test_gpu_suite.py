@@ -14,8 +14,8 @@ from tests.test_imports import WITHOUT
 TESTS = Path(__file__).parent
 # What a machine that is lent with a GPU may lack, and the GPU tests that need it.
 NEEDS = {
-    "ignite": {"test_handler.py", "test_ignite_suite.py"},
-    "safetensors": {"test_files.py"},
+    "ignite": {"test_handler_models.py", "test_ignite_suite.py"},
+    "safetensors": {"checkpoint/test_files.py"},
     "tqdm": {"test_bench.py"},
 }
 ABSENT = (*NEEDS, "diffusers", "ema_pytorch", "matplotlib", "sklearn", "tensorboardX", "xdist")
@@ -47,8 +47,8 @@ def collected(*arguments: str, without: tuple[str, ...] = ()) -> set[str]:
 
 # Files with GPU tests.
 FILES = {
-    path.name
-    for path in TESTS.glob("test_*.py")
+    path.relative_to(TESTS).as_posix()
+    for path in TESTS.rglob("test_*.py")
     if re.search(r"pytest\.mark\.gpu", path.read_text())
 }
 

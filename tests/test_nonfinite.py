@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ema_triton import ModelEMA
 from ema_triton.ops import foreach_backend
 from ema_triton.ops.precision import PRECISIONS, join
-from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout
+from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout, parameters
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,14 +27,6 @@ BAD = (NAN, INF, -INF)
 HALF = torch.float16
 LOW = (torch.bfloat16, HALF)
 BACKENDS = ("foreach", "triton")
-
-
-def parameters(tensors: list[Tensor]) -> nn.ParameterList:
-    """A module with copies of these tensors, at just these strides."""
-    module = nn.ParameterList([nn.Parameter(torch.empty(0)) for _ in tensors])
-    for parameter, tensor in zip(module, tensors, strict=True):
-        parameter.data = tensor
-    return module
 
 
 def guarded(
@@ -336,9 +328,6 @@ def test_a_trainer_goes_on() -> None:
     engine.run([1.0, INF, 3.0])
     assert handler.ema_model.weight.item() == 1.75
     assert handler.ema.nonfinite_counts() == {"weight": 1}
-
-
-# --- Against plain Python ----------------------------------------------------------------------
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

@@ -38,9 +38,6 @@ def assert_follows(ema_model: nn.Module, shadow: Shadow, updates: int, largest: 
         assert error <= bound, f"{name}: {error.item():g}"
 
 
-# --- One model, with checkpoints and validation ------------------------------------------------
-
-
 def data() -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """A noisy line to fit, in batches: for training and for validation."""
     generator = torch.Generator().manual_seed(0)
@@ -222,9 +219,6 @@ def test_one_model_resumed(tmp_path: Path) -> None:
     uncut = run_first_example(tmp_path / "uncut", EPOCHS, **FASTER)
     assert torch.equal(uncut.model.weight, again.model.weight)
     assert not torch.equal(first.model.weight, again.model.weight)
-
-
-# --- Generator and discriminator on one trainer ------------------------------------------------
 
 
 def test_generator_and_discriminator(capsys: pytest.CaptureFixture[str]) -> None:

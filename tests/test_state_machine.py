@@ -9,7 +9,6 @@ guarded EMA stays as it is.
 """
 
 import copy
-import io
 from collections import Counter
 
 import hypothesis.strategies as st
@@ -24,6 +23,7 @@ from ema_triton.ops import foreach_backend
 from ema_triton.ops.precision import PRECISIONS
 from ema_triton.selection import Selection
 from ema_triton.state import EMAState
+from tests.states import saved
 from tests.tolerances import update_bound
 
 # A bf16 EMA may lose what a small momentum adds; the bound knows.
@@ -276,10 +276,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def save_and_load(self) -> None:
-        file = io.BytesIO()
-        torch.save(self.ema.state_dict(), file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
+        state = saved(self.ema.state_dict())
         with torch.no_grad():
             for tensor in self.ema.ema_model.parameters():
                 tensor.fill_(float("nan"))

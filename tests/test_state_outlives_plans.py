@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from tests.plain import PlainEMA, as_real, move
-from tests.test_state import (
-    BACKENDS,
+from tests.checkpoint.test_state_dict import (
     BF16,
     DEVICE,
     FP16,
@@ -29,16 +27,7 @@ from tests.test_state import (
     through_file,
     train,
 )
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
-# --- Random numbers and skip counts ------------------------------------------------------------
+from tests.plain import PlainEMA, as_real, move
 
 
 class Parts(nn.Module):
@@ -220,9 +209,6 @@ def test_skip_counts_are_no_part_of_the_state() -> None:
     other.load_state_dict(ema.state_dict())
     assert ema.nonfinite_counts() == {"weight": 4, "bias": 0}
     assert other.nonfinite_counts() == {"weight": 0, "bias": 1}
-
-
-# --- Other processes ---------------------------------------------------------------------------
 
 
 def go_on(folder: str) -> None:

@@ -21,7 +21,7 @@ from bench.run import Case
 from ema_triton import ModelEMA
 from ema_triton.plan import Launch
 from ema_triton.state import CHUNK
-from tests.test_generated_code import python
+from tests.ops.test_generated_code import python
 
 # Several chunks, whole blocks, a ragged end, a masked tensor, an empty one.
 RAGGED = Model(

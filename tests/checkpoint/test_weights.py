@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_triton import ModelEMA
+from tests.plain import assert_same
 
 pytest.importorskip("safetensors")
 
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-TIMM = Path(__file__).parent / "files" / "timm_checkpoint.pth.tar"
+TIMM = Path(__file__).parents[1] / "files" / "timm_checkpoint.pth.tar"
 
 
 class Net(nn.Module):
@@ -44,13 +45,6 @@ def trained(dtype: torch.dtype = torch.float32, updates: int = 3) -> ModelEMA:
 
 def shown(ema: ModelEMA) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in ema.ema_model.state_dict().items()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

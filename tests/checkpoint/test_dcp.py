@@ -15,7 +15,7 @@ from ignite.engine import Engine
 from ema_triton import CountWarmup, EMAHandler, HalfLife, LinearWarmup, ModelEMA
 from ema_triton.distributed.dtensor import local_part
 from tests.ranks import run
-from tests.test_sharded import (
+from tests.sharded import (
     Net,
     assert_same,
     by_fsdp,

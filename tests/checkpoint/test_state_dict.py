@@ -15,16 +15,8 @@ from torch import Tensor, nn
 from ema_triton import ModelEMA
 from tests.plain import LOW, PlainEMA, apart, assert_same, move
 
-BACKENDS = ["foreach", "triton"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
 
 
 class Net(nn.Module):
@@ -77,8 +69,6 @@ def through_file(state: Any) -> Any:
     file.seek(0)
     return torch.load(file, weights_only=True, map_location=DEVICE)
 
-
-# --- The state dict ----------------------------------------------------------------------------
 
 KEYS = {
     *("version", "update_index", "schedule", "weights", "precision", "residuals"),
@@ -238,9 +228,6 @@ def test_names_that_a_modules_hook_changed_are_an_error_that_lists_both() -> Non
         with pytest.raises(ValueError, match=r"'weight' is missing.*'kernel' is unexpected"):
             load(model.state_dict())
     assert_same(ema.state_dict()["weights"], before)
-
-
-# --- What others write into the EMA model ------------------------------------------------------
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ema_triton import ModelEMA
 from tests.plain import PlainEMA, assert_same, move
 
-BACKENDS = ("foreach", "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -29,13 +28,6 @@ def library(name: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(name)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
 
 
 def layers() -> nn.Module:
@@ -248,9 +240,6 @@ def test_an_exact_ema_in_files_of_its_parts(as_module: bool, backend: str, tmp_p
     assert not torch.equal(other.state_dict()["weights"]["0.weight"], before["0.weight"])
 
 
-# --- A storage per tensor ----------------------------------------------------------------------
-
-
 def assert_own_storages(tensors: dict[str, Tensor]) -> None:
     """Each tensor with elements is the whole of a storage that no other one has."""
     owners: dict[int, str] = {}
@@ -347,9 +336,6 @@ def test_saving_a_part_writes_as_much_as_of_a_plain_model(name: str) -> None:
     state = ema.state_dict()
     for tensor in (state["weights"]["3.weight"], *state["residuals"].values()):
         assert saved_bytes(tensor) == saved_bytes(tensor.clone())
-
-
-# --- Models with a way to save themselves ------------------------------------------------------
 
 
 def test_pytorch_model_hub_mixin(tmp_path: Path) -> None:

@@ -10,19 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FullyShardedDataParallel,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ema_triton import ModelEMA
@@ -30,151 +20,27 @@ from ema_triton.distributed import dtensor
 from ema_triton.distributed.dtensor import local_part
 from ema_triton.ops.precision import join
 from tests.ranks import run
+from tests.sharded import (
+    CASES,
+    DTYPES,
+    Net,
+    assert_same,
+    by_fsdp,
+    change,
+    in_hybrid,
+    in_mixed_precision,
+    in_two_dimensions,
+    kept_gathered,
+    of_bfloat16,
+    offloaded,
+    replicated,
+    whole,
+    wholes,
+    wholes_of,
+)
 from tests.tolerances import update_bound
 
 pytestmark = pytest.mark.distributed
-
-
-class Net(nn.Module):
-    """Of odd sizes: no tensor has as many rows as two, three or four ranks would like."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 7, dtype=dtype)
-        self.norm = nn.LayerNorm(7, dtype=dtype)
-        self.last = nn.Linear(7, 1, dtype=dtype)
-        self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
-        self.register_buffer("shift", torch.zeros(7))
-        self.register_buffer("count", torch.tensor(0))
-
-    def forward(self, x):
-        x = self.norm(self.first(x)) + self.shift.to(x.dtype)
-        return self.last(x.relu()) * self.scale
-
-
-def shard(net, **options):
-    fully_shard(net.first, **options)
-    fully_shard(net.last, **options)
-    return fully_shard(net, **options)
-
-
-def by_fsdp():
-    return shard(Net())
-
-
-def of_bfloat16():
-    return shard(Net(torch.bfloat16))
-
-
-def of_float16():
-    return shard(Net(torch.float16))
-
-
-def in_mixed_precision():
-    return shard(Net(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-
-
-def offloaded():
-    return shard(Net(), offload_policy=CPUOffloadPolicy(pin_memory=False))
-
-
-def kept_gathered():
-    return shard(Net(), reshard_after_forward=False)
-
-
-def in_columns_and_rows(mesh):
-    plan = {
-        "first": ColwiseParallel(output_layouts=Replicate()),
-        "last": RowwiseParallel(input_layouts=Replicate()),
-    }
-    return parallelize_module(Net(), mesh, plan)
-
-
-def in_tensor_parallel():
-    return in_columns_and_rows(init_device_mesh("cpu", (dist.get_world_size(),)))
-
-
-def in_two_dimensions():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    return shard(in_columns_and_rows(mesh["tp"]), mesh=mesh["dp"])
-
-
-def in_hybrid():
-    return shard(Net(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
-
-
-def replicated():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    net = Net()
-    for module in net.modules():
-        for name, parameter in [*module.named_parameters(recurse=False)]:
-            copies = distribute_tensor(parameter.data, mesh, [Replicate()])
-            module.register_parameter(name, nn.Parameter(copies))
-        for name, buffer in [*module.named_buffers(recurse=False)]:
-            module.register_buffer(name, distribute_tensor(buffer, mesh, [Replicate()]))
-    return net
-
-
-MODELS = {
-    by_fsdp: (2, 3, 4),
-    of_bfloat16: (3,),
-    of_float16: (3,),
-    in_mixed_precision: (2,),
-    offloaded: (2,),
-    kept_gathered: (2,),
-    in_tensor_parallel: (2, 3),
-    in_two_dimensions: (4,),
-    in_hybrid: (4,),
-    replicated: (2,),
-}
-DTYPES = {
-    of_bfloat16: torch.bfloat16,
-    of_float16: torch.float16,
-    in_mixed_precision: torch.bfloat16,
-}
-CASES = [(model, size) for model, sizes in MODELS.items() for size in sizes]
-
-
-def whole(tensor):
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-
-
-def wholes(model):
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
-
-
-def wholes_of(ema):
-    state = [ema.state_dict(full_state_dict=True)]
-    dist.broadcast_object_list(state)
-    return state[0]["weights"]
-
-
-def assert_same(state, expected):
-    assert state.keys() == expected.keys()
-    for part in ("weights", "residuals"):
-        assert [*state[part]] == [*expected[part]]
-        for name, value in expected[part].items():
-            assert torch.equal(state[part][name], value), name
-    assert {k: v for k, v in state.items() if k not in ("weights", "residuals")} == {
-        k: v for k, v in expected.items() if k not in ("weights", "residuals")
-    }
-
-
-def change(model, step):
-    """What a training step does: other values, the same whatever the sharding."""
-    for number, parameter in enumerate(model.parameters()):
-        chance = torch.Generator().manual_seed(1000 * step + number)
-        delta = torch.randn(parameter.shape, generator=chance)
-        with torch.no_grad():
-            if isinstance(parameter, DTensor):
-                mesh = parameter.device_mesh
-                everywhere = [Replicate()] * mesh.ndim
-                delta = distribute_tensor(delta, mesh, everywhere, src_data_rank=None)
-                delta = delta.redistribute(placements=parameter.placements)
-            parameter.add_(delta)
-    model.shift.add_(1.0)
-    model.count.add_(1)
 
 
 def _averages_each_part(build):
@@ -384,114 +250,6 @@ def _loads(build, path):
 @pytest.mark.parametrize(("build", "ranks"), [c for c in CASES if c[0] is not in_mixed_precision])
 def test_states_are_loaded_whole_and_in_parts(build, ranks, tmp_path) -> None:
     run(ranks, _loads, build, tmp_path / "ema.safetensors")
-
-
-def with_a_plain_twin():
-    ModelEMA(by_fsdp(), ema_model=Net())
-
-
-def with_a_twin_of_another_dtype():
-    ModelEMA(by_fsdp(), ema_model=of_bfloat16(), ema_dtype=torch.float32)
-
-
-def with_no_twin():
-    return ModelEMA(by_fsdp()).ema_model
-
-
-def of_sums():
-    model = nn.Linear(2, 2)
-    mesh = init_device_mesh("cpu", (2,))
-    model.weight = nn.Parameter(DTensor.from_local(torch.zeros(2, 2), mesh, [Partial()]))
-    ModelEMA(model)
-
-
-def of_fsdp1():
-    model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
-    ModelEMA(nn.Sequential(model))
-
-
-def of_zero3():
-    model = nn.Linear(2, 2)
-    model.weight.ds_id = 0  # as DeepSpeed marks the parameters that it has partitioned
-    ModelEMA(model)
-
-
-def _message(error, build):
-    with pytest.raises(error) as caught:
-        build()
-    return str(caught.value)
-
-
-REFUSED = {
-    with_a_plain_twin: (
-        ValueError,
-        "'scale' is sharded over 2 ranks (S(0)) in the online model but not sharded in the EMA "
-        "model, so that a rank has other elements of the one than of the other. Build the EMA "
-        "after the model is sharded, with an ema_model that is sharded likewise, or without: a "
-        "sharded model needs none, see ModelEMA.swapped().",
-    ),
-    with_a_twin_of_another_dtype: (
-        ValueError,
-        "'scale' is torch.bfloat16 on cpu with strides (1,) in the sharded EMA model, where "
-        "torch.float32 on cpu with the online tensor's strides (1,) is needed, and a sharded "
-        "tensor stays as it is. Build the ema_model so before sharding it, or leave it out.",
-    ),
-    with_no_twin: (
-        RuntimeError,
-        "The model is sharded, so that its EMA is kept in parts, and there is no ema_model. "
-        "Evaluate the online model with the EMA's weights (with ema.swapped() as model: ...), "
-        "or give an ema_model that is sharded likewise.",
-    ),
-    of_sums: (
-        ValueError,
-        "'weight' is sharded over 2 ranks (P(sum)): its values are sums over the ranks, which have "
-        "to be made before they are averaged. Call redistribute() on it first.",
-    ),
-    of_fsdp1: (
-        NotImplementedError,
-        "module '0' is sharded by FullyShardedDataParallel (FSDP1), whose parameters have their "
-        "shapes during its forward only. Shard the model by torch.distributed.fsdp.fully_shard "
-        "(FSDP2), where they always have them.",
-    ),
-    of_zero3: (
-        NotImplementedError,
-        "'weight' is partitioned by DeepSpeed's ZeRO-3, which keeps its values in places of its "
-        "own. Train with ZeRO stage 1 or 2, whose parameters are whole, or shard the model by "
-        "torch.distributed.fsdp.fully_shard (FSDP2).",
-    ),
-}
-
-
-@pytest.mark.parametrize("build", REFUSED)
-def test_what_cannot_be_is_a_clear_error(build) -> None:
-    error, message = REFUSED[build]
-    assert run(2, _message, error, build) == [message] * 2
-
-
-def _loads_what_does_not_fit():
-    ema = ModelEMA(by_fsdp())
-    before = wholes_of(ema)
-    state = {name: value for name, value in before.items() if name != "norm.bias"}
-    state["first.weight"] = state["first.weight"][:4]
-    mine = state if dist.get_rank() == 0 else None
-    messages = [
-        _message(ValueError, lambda: ema.load_state_dict(state)),
-        _message(ValueError, lambda: ema.load_state_dict(mine, full_state_dict=True)),
-    ]
-    with pytest.raises(ValueError, match="an empty one"):
-        ema.load_state_dict({}, full_state_dict=True)
-    for name, value in wholes_of(ema).items():
-        assert torch.equal(value, before[name])
-    return messages
-
-
-def test_what_does_not_fit_is_an_error_on_every_rank() -> None:
-    expected = (
-        "The state does not fit this EMA model: 'norm.bias' is missing, 'first.weight' is (4, 5) "
-        "in the state but (7, 5) here. Nothing was loaded. Load it into the EMA of a model like "
-        "the one it was saved from."
-    )
-    assert run(2, _loads_what_does_not_fit) == [[expected] * 2] * 2
 
 
 def _guards():

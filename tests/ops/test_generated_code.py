@@ -16,7 +16,7 @@ import triton
 
 from bench.ptx import ARCHITECTURES, CASES, EXCHANGES, KINDS, Variant, line
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
 
 

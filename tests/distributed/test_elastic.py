@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_sharded import assert_same
+from tests.sharded import assert_same
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 23
 
 

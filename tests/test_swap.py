@@ -281,9 +281,6 @@ def test_two_emas_of_one_model_nest_and_the_outer_one_cannot_know_who_wrote() ->
     assert same(contents(second.ema_model), averaged)
 
 
-# --- Ignite ------------------------------------------------------------------------------------
-
-
 class Evaluation:
     """An evaluator that notes whether it saw the EMA's weights."""
 

@@ -19,7 +19,7 @@ from ema_triton.checkpoint.state_dict import Saved
 from ema_triton.modules import clean_name
 from ema_triton.state import EMAState
 
-TIMM = Path(__file__).with_name("files") / "timm_checkpoint.pth.tar"
+TIMM = Path(__file__).parents[1] / "files" / "timm_checkpoint.pth.tar"
 
 
 def net() -> nn.Sequential:

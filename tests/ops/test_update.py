@@ -6,27 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from ema_triton.ops import foreach_backend
 from ema_triton.ops.precision import PRECISIONS
 from tests import oracle
 from tests.plans import plan_of, run
-from tests.strategies import KERNEL_DTYPES, MOMENTA, REFERENCE_DTYPES, Layout, layouts
+from tests.strategies import KERNEL_DTYPES, MOMENTA, REFERENCE_DTYPES, Layout, layouts, parameters
 from tests.tolerances import assert_update, update_bound
 
 triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UPDATES = {"reference": partial(run, foreach_backend), "kernel": partial(run, triton_backend)}
-
-
-def parameters(tensors: list[Tensor]) -> nn.ParameterList:
-    """A module with these very tensors, whatever their strides, as parameters."""
-    module = nn.ParameterList([nn.Parameter(torch.empty(0)) for _ in tensors])
-    for parameter, tensor in zip(module, tensors, strict=True):
-        parameter.data = tensor
-    return module
 
 
 def check(

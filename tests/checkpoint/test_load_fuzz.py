@@ -20,6 +20,7 @@ pytest.importorskip("ignite")
 from ema_triton import EMAHandler, ModelEMA
 from ema_triton.checkpoint.state_dict import Saved
 from ema_triton.schedules import Delayed, LinearWarmup, momentum_from
+from tests.states import same
 
 CASES = 150  # of each class and each of these
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,23 +56,6 @@ def network() -> nn.Sequential:
     net = nn.Sequential(nn.Linear(3, 4), Told(), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
     net.register_parameter("spin", nn.Parameter(torch.randn(2, dtype=torch.complex64)))
     return net
-
-
-def same(left: Any, right: Any) -> bool:
-    """Of the same types and in the same order; tensors of the same bits, but NaN is NaN."""
-    if left is right:  # a mangled state may even contain itself
-        return True
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, Tensor):
-        if (left.dtype, left.shape) != (right.dtype, right.shape):
-            return False
-        sides = [side.detach().reshape(-1) for side in (left, right)]
-        bits = [torch.where(side == side, side, 0).view(torch.uint8) for side in sides]
-        return torch.equal(*bits) and torch.equal(*(side != side for side in sides))
-    if isinstance(left, dict):
-        return [*left] == [*right] and all(same(left[key], right[key]) for key in left)
-    return bool(left == right)
 
 
 class Subject:
@@ -198,8 +182,6 @@ def disagreement(ema: ModelEMA, before: Any, state: Any) -> list[str]:
         problems.append("the schedule differs")
     return problems
 
-
-# --- What is done to a state -------------------------------------------------------------------
 
 JUNK: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 1.0, 0.5, float("nan"), float("inf"), 1j, "", "x", "exact"),
@@ -465,9 +447,6 @@ def test_a_state_may_share_the_emas_own_memory() -> None:
         after = ema.state_dict()
         assert same(after["weights"]["0.weight"], before["weights"]["1.weight"]), options
         assert same(after["weights"]["1.weight"], before["weights"]["0.weight"]), options
-
-
-# --- Files -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", ["float32", "exact bfloat16", "stochastic float16"])

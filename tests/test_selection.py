@@ -14,21 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.ops.precision import join
+from tests.states import accumulated
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@pytest.fixture(params=["foreach", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
-@pytest.fixture
-def device(backend: str, kernel_device: torch.device) -> torch.device:
-    return kernel_device if backend == "triton" else torch.device("cpu")
 
 
 def handler_of(model: nn.Module, *arguments: object, **options: object) -> Any:
@@ -202,12 +190,6 @@ def test_excluded_buffers_are_copied_where_buffers_are_averaged(
     assert [layer.num_batches_tracked.item() for layer in ema.ema_model] == [7, 7, 7]
 
 
-def accumulated(ema: ModelEMA) -> list[Tensor]:
-    state = ema.state_dict()
-    beside = state["residuals"]
-    return [join(w, beside[n]) if n in beside else w for n, w in state["weights"].items()]
-
-
 @pytest.mark.parametrize("other", [{}, {"exclude": "head"}, {"exclude": "*"}])
 def test_states_go_from_one_choice_to_another(
     other: dict, backend: str, device: torch.device
@@ -306,9 +288,6 @@ def test_the_handler_passes_all_of_it_on(backend: str, device: torch.device) -> 
     expected = dict.fromkeys(ALL, 1.0) | dict.fromkeys(TIE | INNER - BIASES, 0.25)
     assert found == {**expected, "head.weight": 0.125}
     assert handler.ema.nonfinite_count() == 0
-
-
-# --- Models that cannot be copied ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [ModelEMA, handler_of])
