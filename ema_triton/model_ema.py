@@ -24,7 +24,7 @@ from ema_triton import distance
 from ema_triton.arguments import check_choices, check_holder, check_momentum
 from ema_triton.backend import check_name, choose
 from ema_triton.checkpoint import interop
-from ema_triton.checkpoint.state_dict import VERSION, Saved, load, read_weights, scatter_state
+from ema_triton.checkpoint.state_dict import VERSION, SavedState, load, read_weights, scatter_state
 from ema_triton.distance import Distance
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.interrupts import DeferSigint, SwapContext
@@ -483,7 +483,7 @@ class ModelEMA:
                 self._reshard_ema()
                 self._load(scatter_state(state, self._state), what)
         else:
-            self._load(Saved.of(state), what)
+            self._load(SavedState.parse(state), what)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
@@ -534,7 +534,7 @@ class ModelEMA:
         found, remarks = read_weights(source, self._state)
         self._load(found, "load_weights()", remarks)
 
-    def _load(self, found: Saved, what: str, remarks: Sequence[str] = ()) -> None:
+    def _load(self, found: SavedState, what: str, remarks: Sequence[str] = ()) -> None:
         """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)

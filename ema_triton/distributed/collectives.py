@@ -1,6 +1,6 @@
-"""Full state dicts of sharded models: gathered on rank 0, and spread from there.
+"""Full state dicts of sharded models: gathered on rank 0, and scattered from there.
 
-These are collectives. Building an EMA and updating it are none.
+All ranks call these functions, but for `is_rank0`. Building an EMA and updating it call none.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def on_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, where alone it is called, or raises there; on every rank."""
+def on_rank0(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone; every rank returns what it returns, or raises its error."""
     if not _in_group():
-        return make()
+        return function()
     outcome: list[Any] = [None, None]
     if is_rank0():
         try:
-            outcome[0] = make()
-        except Exception as error:  # which the others wait for
+            outcome[0] = function()
+        except Exception as error:  # the other ranks wait for the broadcast
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -43,37 +43,27 @@ def on_rank0(make: Callable[[], T]) -> T:
 
 
 def gather_on_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, copied to the CPU of rank 0, one after the other; elsewhere nothing."""
-    found = {}
-    for name, value in tensors.items():
-        whole = dtensor.full_tensor(value) if dtensor.is_sharded(value) else value
+    """Copies of the whole tensors on the CPU of rank 0, gathered one by one; elsewhere none."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = dtensor.full_tensor(tensor) if dtensor.is_sharded(tensor) else tensor
         if is_rank0():
-            found[name] = whole.to("cpu", copy=True)
-    return found
+            gathered[name] = whole.to("cpu", copy=True)
+    return gathered
 
 
-def to_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same with tensors that have no values."""
-    return {name: value.to("meta") for name, value in tensors.items()}
-
-
-def scatter_from_rank0(
-    hollows: Mapping[str, Tensor], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The parts of rank 0's whole `tensors`, sharded as `own`; the other ranks' are not looked at.
+def scatter_from_rank0(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of rank 0's whole tensor, as a tensor that is sharded as `like` is.
 
     Args:
-        hollows: What rank 0 has, without values.
-        tensors: With values, on rank 0.
-        own: What they are for, by the same names.
+        tensor: The whole tensor on rank 0, any device; on other ranks one of its shape and dtype
+            without values.
+        like: A tensor with the sharding and the device to have.
     """
-    found = {}
-    for name, value in hollows.items():
-        device = dtensor.local_part(own[name]).device
-        whole = torch.empty(value.shape, dtype=value.dtype, device=device)
-        if is_rank0():
-            whole.copy_(tensors[name])
-        if _in_group():
-            dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-        found[name] = dtensor.wrap_like(dtensor.shard_like(whole, own[name]).clone(), own[name])
-    return found
+    device = dtensor.local_part(like).device
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if is_rank0():
+        whole.copy_(tensor)
+    if _in_group():
+        dist.broadcast(whole.view(-1).view(torch.uint8), 0)
+    return dtensor.wrap_like(dtensor.shard_like(whole, like).clone(), like)

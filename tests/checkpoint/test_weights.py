@@ -141,6 +141,20 @@ def test_diffusers_list_has_no_buffers() -> None:
     assert torch.equal(after["norm.running_var"], before["norm.running_var"])
 
 
+def test_buffers_that_stay_as_they_are_keep_their_residuals() -> None:
+    diffusers = pytest.importorskip("diffusers.training_utils")
+    model = nn.BatchNorm1d(64).bfloat16()
+    ema = ModelEMA(model, handle_buffers="update")
+    for _ in range(3):
+        model.running_mean.normal_()
+        ema.update(0.3)
+    before = ema.state_dict(clone=True)["residuals"]["running_mean"]
+    assert before.count_nonzero()
+    with pytest.warns(UserWarning, match="has no 'running_mean'.*stay as they are"):
+        ema.load_weights(diffusers.EMAModel(model.parameters()).state_dict())
+    assert torch.equal(ema.state_dict()["residuals"]["running_mean"], before)
+
+
 def test_a_timm_checkpoint_is_loaded() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     state = torch.load(TIMM, weights_only=False)
