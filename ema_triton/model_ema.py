@@ -6,7 +6,6 @@ It knows no training loop. It receives a momentum, or follows an optimizer and a
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import threading
@@ -24,7 +23,7 @@ from ema_triton import distance
 from ema_triton.arguments import check_choices, check_holder, check_momentum
 from ema_triton.backend import check_name, choose
 from ema_triton.checkpoint import interop
-from ema_triton.checkpoint.state_dict import VERSION, SavedState, load, read_weights, scatter_state
+from ema_triton.checkpoint.state_dict import SavedState, build, load, read_weights, scatter_state
 from ema_triton.distance import Distance
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.interrupts import DeferSigint, SwapContext
@@ -48,7 +47,7 @@ from ema_triton.pairing import (
     pair_models,
 )
 from ema_triton.plan import Plan, make_plan
-from ema_triton.schedules import Schedule, check_schedule, momentum_from, schedule_to_state
+from ema_triton.schedules import Schedule, check_schedule, momentum_from
 from ema_triton.selection import Selection
 from ema_triton.state import EMAState
 from ema_triton.swap import Swap
@@ -417,44 +416,11 @@ class ModelEMA:
             full_state_dict: Whether to gather whole tensors on rank 0, on its CPU; the other ranks,
                 which all have to call this, get an empty dict.
         """
-        # No key that users would name the whole by: Ignite's Checkpoint tells a state saved alone
-        # from one among others by that name.
         with self._lock, torch.no_grad():
-            state = self._state
             self._reshard_ema()
-            own = state.tensors()
-            weights = own if self._swap is None else self._swap.ema_weights(own)
-            residuals = {
-                name: dtensor.wrap_like(residual, value)
-                for name, value in own.items()
-                if (residual := state.residual_of(name, dtensor.local_part(value))) is not None
-            }
-            if clone and not full_state_dict:
-                weights, residuals = (
-                    {name: value.clone() for name, value in tensors.items()}
-                    for tensors in (weights, residuals)
-                )
-            if full_state_dict:
-                weights, residuals = (
-                    collectives.gather_on_rank0(weights),
-                    collectives.gather_on_rank0(residuals),
-                )
-                if not collectives.is_rank0():
-                    return {}
-            stochastic = state.precision == "stochastic"
-            return {
-                "version": VERSION,
-                "update_index": state.update_index,
-                "schedule": self._schedule_as_json(),
-                "weights": weights,
-                "precision": state.precision,
-                "residuals": residuals,
-                "random_state": (
-                    {"seed": state.seed, "updates": state.stochastic_updates}
-                    if stochastic
-                    else None
-                ),
-            }
+            weights = self._state.tensors()
+            shown = weights if self._swap is None else self._swap.ema_weights(weights)
+            return build(self._state, shown, clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
         self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False
@@ -574,13 +540,6 @@ class ModelEMA:
         self.__dict__.update(
             state, _lock=threading.RLock(), _plan=Plan.unknown(), _captured=[], _following=None
         )
-
-    def _schedule_as_json(self) -> str | None:
-        # One value: torch.distributed.checkpoint would take a dict's keys apart, and miss them if
-        # the schedule is another one when it loads.
-        schedule = self._state.schedule
-        state = None if schedule is None else schedule_to_state(schedule)
-        return None if state is None else json.dumps(state)
 
     def _swap_in(self) -> nn.Module:
         with self._lock, torch.no_grad():

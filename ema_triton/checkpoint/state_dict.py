@@ -1,4 +1,4 @@
-"""A saved state: parse it, check that it matches an EMA, load all of it or nothing."""
+"""A saved state: build it; parse it, check that it matches an EMA, load all of it or nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,53 @@ from ema_triton.distributed import collectives, dtensor
 from ema_triton.modules import clean_weights
 from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join, split
 from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage_ptr, unsupported
-from ema_triton.schedules import Schedule, momentum_from, schedule_from_state
+from ema_triton.schedules import Schedule, momentum_from, schedule_from_state, schedule_to_state
 from ema_triton.state import EMAState
 
 # The format of ModelEMA.state_dict().
 VERSION = 2
+
+
+def build(
+    ema: EMAState, weights: Mapping[str, Tensor], *, clone: bool, full_state_dict: bool
+) -> dict[str, Any]:
+    """What is saved of an EMA: all that its state has, but for skip counts.
+
+    Args:
+        ema: The EMA's state.
+        weights: Its tensors by name; during a swap they are elsewhere.
+        clone: Whether to copy the tensors.
+        full_state_dict: Whether to gather them on rank 0, a collective; other ranks get {}.
+    """
+    residuals = {
+        name: dtensor.wrap_like(residual, value)
+        for name, value in weights.items()
+        if (residual := ema.residual_of(name, dtensor.local_part(value))) is not None
+    }
+    if full_state_dict:
+        weights, residuals = map(collectives.gather_on_rank0, (weights, residuals))
+        if not collectives.is_rank0():
+            return {}
+    elif clone:
+        weights, residuals = (
+            {name: value.clone() for name, value in tensors.items()}
+            for tensors in (weights, residuals)
+        )
+    schedule = None if ema.schedule is None else schedule_to_state(ema.schedule)
+    random_state = {"seed": ema.seed, "updates": ema.stochastic_updates}
+    return {
+        # Ignite's Checkpoint tells a state that is saved alone from one among others by the name
+        # that users give it: none of these keys is one.
+        "version": VERSION,
+        "update_index": ema.update_index,
+        # JSON is one value: torch.distributed.checkpoint would take a dict's keys apart, and miss
+        # them where the schedule is another one when it loads.
+        "schedule": None if schedule is None else json.dumps(schedule),
+        "weights": weights,
+        "precision": ema.precision,
+        "residuals": residuals,
+        "random_state": random_state if ema.precision == "stochastic" else None,
+    }
 
 
 class SavedState(NamedTuple):
