@@ -1,7 +1,6 @@
 """What other libraries save is recognised, with the right values; anything else is an error."""
 
 import copy
-import io
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from ema_triton.checkpoint.interop import Found, extract_weights, read_file
 from ema_triton.checkpoint.state_dict import Saved
 from ema_triton.modules import clean_name
 from ema_triton.state import EMAState
+from tests.states import saved
 
 TIMM = Path(__file__).parents[1] / "files" / "timm_checkpoint.pth.tar"
 
@@ -54,20 +54,13 @@ def own_of(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
     return own, [clean_name(name) for name, _ in model.named_parameters()]
 
 
-def through_a_file(state: object) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def recognised(state: object, model: nn.Module) -> Found:
-    """By a model of the same kind, with other values."""
+    """What is found in a state for a model of the same kind with other values."""
     own, parameters = own_of(copy.deepcopy(model))
     for value in own.values():
         if isinstance(value, torch.Tensor):
             value.fill_(-7)
-    found = extract_weights(through_a_file(state), own, parameters)
+    found = extract_weights(saved(state), own, parameters)
     Saved.of(found.weights).check_fit(own)
     return found
 
@@ -191,7 +184,7 @@ def test_what_is_recognised_can_be_loaded() -> None:
         for state in states:
             ema = ModelEMA(kind())
             own, parameters = own_of(ema.ema_model)
-            found = extract_weights(through_a_file(state), own, parameters)
+            found = extract_weights(saved(state), own, parameters)
             ema.load_state_dict(found.weights)
             for name, value in own_of(ema.ema_model)[0].items():
                 if isinstance(value, torch.Tensor):
