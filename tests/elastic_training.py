@@ -1,6 +1,6 @@
 """A training for torchrun to restart: one rank is killed once, and the last checkpoint goes on.
 
-elastic_training.py FOLDER STEPS VICTIM STEP_OF_DEATH; with VICTIM -1 nobody dies.
+elastic_training.py FOLDER STEPS VICTIM STEP_OF_DEATH; with VICTIM -1 no rank is killed.
 """
 
 import os

@@ -26,7 +26,7 @@ def no_warning() -> Iterator[None]:
 
 
 def join(weight: Tensor, residual: Tensor | None) -> Tensor:
-    """The accumulated value of a weight and what a state dict holds beside it."""
+    """The accumulated value of a weight and its residual in a state dict."""
     weight = weight.detach()
     if residual is None:
         return weight
@@ -167,12 +167,12 @@ def small(dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Sequent
 
 
 def assert_same_ema(left: ModelEMA, right: ModelEMA) -> None:
-    mine, theirs = left.state_dict(), right.state_dict()
-    assert_same_bits(mine["weights"], theirs["weights"])
-    assert_same_bits(joined(mine), joined(theirs))
-    assert (mine["precision"], mine["random_state"]) == (
-        theirs["precision"],
-        theirs["random_state"],
+    one, other = left.state_dict(), right.state_dict()
+    assert_same_bits(one["weights"], other["weights"])
+    assert_same_bits(joined(one), joined(other))
+    assert (one["precision"], one["random_state"]) == (
+        other["precision"],
+        other["random_state"],
     )
 
 

@@ -89,5 +89,5 @@ def _work(
         failed, result = True, traceback.format_exc()
     end.send_bytes(pickle.dumps((failed, result)))
     if not failed:
-        torch.distributed.barrier()  # nobody leaves while others still need the store
+        torch.distributed.barrier()  # a rank that left would take the store with it
     torch.distributed.destroy_process_group()

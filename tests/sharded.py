@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 
 class Net(nn.Module):
-    """Of odd sizes: no tensor has as many rows as two, three or four ranks would like."""
+    """Odd sizes: the rows divide by neither two, three nor four ranks."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def saved(state: Any) -> Any:
-    """What a file of it holds."""
+    """The state after `torch.save` and `torch.load`."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -26,7 +26,7 @@ def saved(state: Any) -> Any:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Of the same types, in the same order, with tensors of the same bits; NaN is NaN."""
+    """Whether types, order and the tensors' bits are the same; NaN equals NaN."""
     if left is right:  # a mangled state may even contain itself
         return True
     if type(left) is not type(right):

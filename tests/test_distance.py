@@ -24,7 +24,7 @@ EPS = 2.0**-53
 
 
 def norm(values: list[Tensor]) -> float:
-    """Of float64 values, with exact products' roundings only: fsum makes none of its own."""
+    """The float64 norm, rounded in the products only: fsum adds exactly."""
     return math.sqrt(
         math.fsum(x * x for value in values for x in value.double().flatten().tolist())
     )

@@ -66,7 +66,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_each_step_is_followed_as_by_hand(kind: str) -> None:
-    """By an update of the schedule's momentum, after the step; a closure called often is one."""
+    """One update with the schedule's momentum after a step, however often its closure is called."""
     model = network()
     optimizer, schedule = OPTIMIZERS[kind](model.parameters()), LinearWarmup(0.5, 0.1, 3)
     following, by_hand = ModelEMA(model), ModelEMA(model)

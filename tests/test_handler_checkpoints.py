@@ -179,7 +179,7 @@ def test_control_ignites_warmup_restarts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["ema", "ema_handler", "handler", "ema_model"])
 def test_the_handler_alone_in_a_checkpoint(key: str, tmp_path: Path) -> None:
-    # Of a single object, Ignite saves the state itself, and looks for the key in it when loading.
+    # Ignite saves a single object's state itself, and looks for the key in it when loading.
     first = script(0, momentum=0.3)
     first.attach()
     first.run(1)

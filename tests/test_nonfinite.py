@@ -1,4 +1,4 @@
-"""What the EMA is spared where the online model is not finite, and how that is counted."""
+"""The EMA skips elements that are not finite in the online model, and counts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ema_triton import ModelEMA
 from ema_triton.ops import foreach_backend
-from ema_triton.ops.precision import PRECISIONS, join
+from ema_triton.ops.precision import PRECISIONS
+from tests.plain import as_real
+from tests.states import accumulated
 from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout, parameters
 
 pytest.importorskip("triton")
@@ -38,10 +40,7 @@ def guarded(
 
 def values(ema: ModelEMA) -> list[Tensor]:
     """What the EMA holds, as an exact one accumulates it."""
-    state = ema.state_dict()
-    found, beside = state["weights"], state["residuals"]
-    tensors = [join(w, beside[n]) if n in beside else w for n, w in found.items()]
-    return [torch.view_as_real(t).clone() if t.is_complex() else t.clone() for t in tensors]
+    return [as_real(tensor).clone() for tensor in accumulated(ema)]
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -380,7 +379,7 @@ def test_both_backends_do_what_plain_python_does(
     old, *news = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
     old, news = old.to(DEVICE, ema_dtype), [new.to(DEVICE, online_dtype) for new in news]
     ema = guarded([torch.zeros_like(news[0])], [old], backend=backend, precision=precision)
-    expected, spared = old.tolist(), 0
+    expected, skipped = old.tolist(), 0
     stored = torch.float32 if precision == "exact" and ema_dtype in LOW else ema_dtype
     for new, momentum in zip(news, momenta, strict=True):
         ema.model[0].data.copy_(new)
@@ -390,10 +389,10 @@ def test_both_backends_do_what_plain_python_does(
             if math.isfinite(rounded(value, ema_dtype)):
                 expected[index] = rounded(value, stored)
             else:
-                spared += 1
+                skipped += 1
     (found,) = values(ema)
     assert same(found.cpu(), torch.tensor(expected, dtype=torch.float64).to(stored))
-    assert ema.nonfinite_count() == spared
+    assert ema.nonfinite_count() == skipped
 
 
 def test_the_oracle_rounds_as_torch_does() -> None:

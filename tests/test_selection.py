@@ -53,7 +53,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moved(ema: ModelEMA, momentum: float = 0.25) -> dict[str, float]:
-    """By how much of the way each parameter came from 0 to 1, where its first element is."""
+    """The way that each parameter went from 0 to 1, read from its first element."""
     with torch.no_grad():
         for tensor in ema.model.parameters():
             tensor.fill_(1.0)
@@ -201,7 +201,7 @@ def test_states_go_from_one_choice_to_another(
     ema = build(exclude="head", momentum_scale={"layer10": 0.5})
     assert moved(ema, 0.3)["tied"] == torch.tensor(0.15).bfloat16()
     twin = build(**other)
-    loses = other == {"exclude": "*"}  # a copy has no digits beside it
+    loses = other == {"exclude": "*"}  # a copied tensor has no residual
     with pytest.warns(UserWarning, match="had more digits") if loses else nullcontext():
         twin.load_state_dict(ema.state_dict())
     for mine, theirs in zip(twin.ema_model.parameters(), ema.ema_model.parameters(), strict=True):

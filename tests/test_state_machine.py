@@ -67,7 +67,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.generator = torch.Generator().manual_seed(seed)
         self.online = Net().to(DEVICE, dtype)
         self.exclude = Selection.of(None, exclude, None)
-        self.spared: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.ema = ModelEMA(
             self.online,
             handle_buffers=handle_buffers,
@@ -136,7 +136,7 @@ class AnyOrder(RuleBasedStateMachine):
                 continue
             # The machine makes nothing that is not finite where that propagates.
             finite = online.isfinite()
-            self.spared[name] += int(finite.numel() - finite.sum())
+            self.skipped[name] += int(finite.numel() - finite.sum())
             online = torch.where(finite, online, 0)
             truth = torch.lerp(self.shadow[name], online.double(), momentum)
             truth = torch.where(finite, truth, self.shadow[name])
@@ -294,7 +294,7 @@ class AnyOrder(RuleBasedStateMachine):
             error = (ours.double() - self.shadow[name]).abs()
             assert (error <= self.error[name] + self.shows(name, ours.dtype)).all(), name
         if self.ema.nonfinite == "skip":
-            assert Counter(self.ema.nonfinite_counts()) == self.spared
+            assert Counter(self.ema.nonfinite_counts()) == self.skipped
 
 
 class AnyOrderInTheKernel(AnyOrder):

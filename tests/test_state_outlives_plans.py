@@ -31,7 +31,7 @@ from tests.plain import PlainEMA, as_real, move
 
 
 class Parts(nn.Module):
-    """Of sizes that take a chunk or two, and of which none begins where another one would."""
+    """Sizes of one chunk or two, so that no tensor begins where another one would."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,11 +36,11 @@ def told(state: dict[str, Any]) -> set[float]:
     """What the tensors of a state tell, as an fp32 EMA would have it."""
     numbers: set[float] = set()
     for name, weight in state["weights"].items():
-        rest, value = state["residuals"].get(name), weight.float()
-        if rest is not None and rest.dtype == torch.int16:
-            value = (value.view(torch.int32) + rest).view(torch.float32)
-        elif rest is not None:
-            value = torch.where(rest.half() == weight, rest, float("nan"))
+        residual, value = state["residuals"].get(name), weight.float()
+        if residual is not None and residual.dtype == torch.int16:
+            value = (value.view(torch.int32) + residual).view(torch.float32)
+        elif residual is not None:
+            value = torch.where(residual.half() == weight, residual, float("nan"))
         numbers |= set(value.unique().tolist())
     return numbers
 

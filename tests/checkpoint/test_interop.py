@@ -1,7 +1,6 @@
 """What other libraries save is recognised, with the right values; anything else is an error."""
 
 import copy
-import io
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from ema_triton.checkpoint.interop import ForeignWeights, extract_weights, read_
 from ema_triton.checkpoint.state_dict import SavedState
 from ema_triton.modules import clean_name
 from ema_triton.state import EMAState
+from tests.states import saved
 
 TIMM = Path(__file__).parents[1] / "files" / "timm_checkpoint.pth.tar"
 
@@ -194,7 +194,7 @@ def test_what_is_recognised_can_be_loaded() -> None:
         for state in states:
             ema = ModelEMA(kind())
             own, parameters = own_of(ema.ema_model)
-            found = extract_weights(through_a_file(state), own, parameters)
+            found = extract_weights(saved(state), own, parameters)
             ema.load_state_dict(found.weights)
             for name, value in own_of(ema.ema_model)[0].items():
                 if isinstance(value, torch.Tensor):

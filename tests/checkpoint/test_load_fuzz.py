@@ -136,7 +136,7 @@ def closed(state: Any) -> Any:
 
 
 def full(weight: Any, rest: Any) -> Any:
-    """The value of a weight of a state, with what stands beside it."""
+    """The value of a weight of a state, joined with its residual."""
     if not isinstance(rest, Tensor):
         return weight
     if weight.is_complex():

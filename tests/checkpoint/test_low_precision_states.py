@@ -214,7 +214,7 @@ def _damage(name: str, state: dict) -> None:
     elif name == "float16":
         residuals[weight] = residuals[weight].to(torch.float16)
     elif name == "unknown":
-        residuals["nobody"] = residuals[weight]
+        residuals["unknown"] = residuals[weight]
     elif name == "of an integer":
         residuals["1.num_batches_tracked"] = torch.tensor(0, dtype=torch.int16)
     elif name == "no tensor":

@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """With batch statistics; and with a parameter that nobody trains, which comes to be NaN."""
+    """With batch statistics, and a parameter that is not trained and comes to be NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Net(nn.Module):
 
 
 def loss_at(model: nn.Module, iteration: int, device: torch.device) -> Tensor:
-    """Of a batch that this number alone decides."""
+    """The loss of a batch that depends on the iteration alone."""
     inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(iteration))
     with torch.no_grad():
         model.told.fill_(float(iteration))[iteration % 5] = float("nan")

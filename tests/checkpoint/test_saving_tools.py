@@ -170,7 +170,7 @@ TOOLS: dict[
         lambda m, f: m.load_state_dict(torch.load(f / "model.pt", weights_only=True)),
     ),
 }
-# Of each model some that must have been read.
+# Some tensors of each model that must have been read.
 SOME = {"0.weight", "9.bias", "embedding.weight", "head.weight", "bf16", "image.weight", "scalar"}
 
 
@@ -431,7 +431,7 @@ def test_an_ema_registered_with_accelerate_goes_on(tmp_path: Path) -> None:
     shutil.which((sysconfig.get_config_var("CXX") or "g++").split()[0]) is None,
     reason="AOTInductor needs a C++ compiler",
 )
-# Of torch's exporter and compiler.
+# Warnings of torch's exporter and compiler.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_an_aotinductor_package_has_each_tensor_once(tmp_path: Path) -> None:
     from torch._inductor.utils import fresh_cache
@@ -442,7 +442,7 @@ def test_an_aotinductor_package_has_each_tensor_once(tmp_path: Path) -> None:
     packages = []
     for name, module in (("ema", ema.ema_model), ("plain", plain)):
         (tmp_path / name).mkdir()
-        # Of sources, which the weights are beside: compiling them takes 5 seconds each.
+        # A package of sources and weights: compiling the sources takes 5 seconds each.
         with torch.no_grad(), fresh_cache():
             path = torch._inductor.aoti_compile_and_package(
                 torch.export.export(module, (torch.ones(2, 32),)),

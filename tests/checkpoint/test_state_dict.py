@@ -87,7 +87,7 @@ def test_the_format(precision: str, backend: str) -> None:
     random_state = {"seed": 7, "updates": 2} if precision == "stochastic" else None
     assert state["random_state"] == random_state
     assert state["weights"].keys() == NAMES
-    # Of bf16 tensors; of the one without elements there may be one.
+    # The bf16 tensors have residuals; the one without elements may have one.
     low = {"body.weight", "body.bias", "image.weight", "image.bias", "norm.weight", "norm.bias"}
     low |= {"embedding.weight", "head.weight", "scale", "frozen"}
     assert state["residuals"].keys() - {"nothing"} == (low if precision == "exact" else set())
@@ -311,7 +311,7 @@ def test_what_others_write_into_the_ema_model_is_saved(
 
 
 def test_a_cast_by_others_is_saved(backend: str) -> None:
-    """And what an exact EMA holds beside its weights survives one to a wider dtype."""
+    """And an exact EMA's residuals survive one to a wider dtype."""
     ema = ModelEMA(Net(BF16), backend=backend)
     train(ema, range(3))
     twin = copy.deepcopy(ema)

@@ -326,7 +326,7 @@ def _is_written():
     state = ema.state_dict(full_state_dict=True)
     if state:
         exact = join(state["weights"]["first.weight"], state["residuals"]["first.weight"])
-        # What was beside the weight is at most half a spacing, of which the update leaves 0.75.
+        # The old residual is at most half a spacing, of which the update leaves 0.75.
         bound = 0.75 * 2 * torch.finfo(torch.bfloat16).eps / 2
         bound = bound + update_bound(torch.full_like(online, 2.01), online, torch.float32)
         assert ((exact.double() - (1.5 + 0.25 * online)).abs() <= bound).all()
@@ -512,11 +512,11 @@ def _equals(ema, truth, what):
     found, expected = ema.state_dict(full_state_dict=True), truth.state_dict()
     if found:
         for part in ("weights", "residuals"):
-            # Whoever has no part of a tensor still says that there is something beside it.
-            mine = {n: v for n, v in found[part].items() if v.numel() or n in expected[part]}
-            assert mine.keys() == expected[part].keys(), what
+            # A rank without a part of a tensor still lists an empty residual.
+            listed = {n: v for n, v in found[part].items() if v.numel() or n in expected[part]}
+            assert listed.keys() == expected[part].keys(), what
             for name, value in expected[part].items():
-                assert torch.equal(mine[name], value), (what, name)
+                assert torch.equal(listed[name], value), (what, name)
 
 
 def _survives(seeds, shape):

@@ -119,10 +119,10 @@ def test_exact_follows_a_tie_that_is_made_and_undone(
         change(model)
         exact.update(0.013)
         wide.update(0.013)
-        mine, theirs = accumulated(exact), accumulated(wide)
+        sums, truth = accumulated(exact), accumulated(wide)
         for name in ("stat", "count"):
-            mine.pop(name), theirs.pop(name)
-        assert_same_bits(mine, theirs)
+            sums.pop(name), truth.pop(name)
+        assert_same_bits(sums, truth)
 
 
 @pytest.mark.gpu
@@ -181,11 +181,11 @@ def test_exact_averages_buffers_alike(
 
 
 def patterns() -> Tensor:
-    """Every bf16 pattern with rests at and around a half; NaN of any payload among them."""
+    """Every bf16 pattern with low halves at and around a half; NaN of any payload among them."""
     high = torch.arange(-(2**15), 2**15, 37, dtype=torch.int32) << 16
-    rest = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x3001], dtype=torch.int32)
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x3001], dtype=torch.int32)
     ends = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1])
-    return torch.cat([(high[:, None] + rest).flatten(), ends.int()]).view(torch.float32)
+    return torch.cat([(high[:, None] + low).flatten(), ends.int()]).view(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -238,12 +238,12 @@ def zoo_like(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def prepared(dtype: torch.dtype, backend: str, device: torch.device) -> ModelEMA:
-    """An exact EMA that holds rests of both signs beside its weights."""
+    """An exact EMA that has residuals of both signs."""
     ema = ModelEMA(zoo(dtype, device), backend=backend)
     run(ema, range(2), 0.013)
-    rest = accumulated(ema)["odd"].double() - ema.ema_model.odd.double()
-    assert (rest < 0).any()
-    assert (rest > 0).any()
+    residual = accumulated(ema)["odd"].double() - ema.ema_model.odd.double()
+    assert (residual < 0).any()
+    assert (residual > 0).any()
     return ema
 
 
@@ -294,7 +294,7 @@ def test_exact_goes_on_within_half_a_spacing_of_written_weights(
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_exact_keeps_its_digits_where_nobody_writes(
+def test_exact_keeps_its_digits_where_nothing_is_written(
     dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     model = zoo(dtype, device)

@@ -153,7 +153,7 @@ def test_infinities_stay_where_the_formula_keeps_them(kernel_device: torch.devic
             same_bits(result_of(online, ema, momentum, kernel_device), expected)
 
 
-def test_the_padding_between_tensors_is_nobodys(kernel_device: torch.device) -> None:
+def test_the_padding_between_tensors_is_not_written(kernel_device: torch.device) -> None:
     model = nn.ParameterList([torch.ones(5), torch.ones(6)]).to(kernel_device)
     twin = nn.ParameterList([torch.zeros(5), torch.zeros(6)]).to(kernel_device)
     plan = plan_of(model, twin)

@@ -25,7 +25,7 @@ def stochastic(values: Tensor, dtype: torch.dtype, backend: str, seed: int = 0) 
 
 
 # A quarter of a normal's spacing above 1; both sides of 0; subnormals; a large one; near a power
-# of two, where the spacing changes. The rest of each in units of its spacing is its chance.
+# of two, where the spacing changes. What is left of each, in units of its spacing, is its chance.
 PARTS = (0.25, 0.5, 0.03, 0.9)
 
 
@@ -41,7 +41,7 @@ def between(dtype: torch.dtype) -> Tensor:
 
 
 def z_scores(result: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the count of draws away from zero, by value; asserts that only neighbours occur."""
+    """Z-score of each value's count of draws away from zero; only its neighbours may occur."""
     values = values.double()
     count = result.shape[1]
     grid = values.abs().to(dtype).view(torch.int16).int()
@@ -135,7 +135,7 @@ def coins(
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
-    """Of two series of fair coins, in standard deviations."""
+    """The correlation of two series of fair coins, in standard deviations."""
     return float(((2 * left - 1) * (2 * right - 1)).sum() / len(left) ** 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Launches of `ema_triton.launch`, compiled for an NVIDIA GPU and executed on the CPU.
+"""Launches of `ema_triton.ops.triton_backend`, compiled for an NVIDIA GPU and executed on the CPU.
 
 Triton compiles for any GPU on any machine; all that it asks its driver is which GPU is there, and
 `compiled_for` has the answer. What a kernel is launched with, constants and alignments included, is
