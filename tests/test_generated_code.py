@@ -141,7 +141,7 @@ SPECIALIZATIONS = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import create_function_from_signature
-from ema_triton.kernels import ema_update
+from ema_triton.ops.kernels import ema_update
 
 backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
 bind = create_function_from_signature(ema_update.signature, ema_update.params, backend)
@@ -177,8 +177,8 @@ def test_compiles_for_amd() -> None:
 
 OTHERS = """
 from bench import ptx
-from ema_triton.kernels import ema_update
-from ema_triton.launch import BLOCK
+from ema_triton.ops.kernels import ema_update
+from ema_triton.ops.triton_backend import BLOCK
 
 for arch in ptx.ARCHITECTURES:
     look = ptx._nvidia if arch.startswith("sm_") else lambda kernel, elements: ptx._amd(kernel)
