@@ -140,8 +140,8 @@ class _Guard(NamedTuple):
 class _Step(NamedTuple):
     """A stretch of the bucket, averaged in a scratch of the arithmetic's dtype.
 
-    The online `parts` are copied to `places` in `online`. `ema` is a scratch too, or `weight`, the
-    stretch itself, where that has the dtype.
+    The online `parts` are copied to `places` in `online`, a scratch of the launch. `ema` is another
+    one, or `weight`, the stretch itself, where that has the dtype.
     """
 
     begin: int
@@ -163,7 +163,7 @@ class _Step(NamedTuple):
         return value if value is self.ema else self.ema.copy_(value)
 
     def store(self) -> None:
-        """Write `ema` into the bucket, rounded as the precision says; `ema` is used up."""
+        """Write `ema` into the bucket, rounded as the precision says; `ema` is overwritten."""
         if self.scratch is None:
             if self.weight is not self.ema:
                 self.weight.copy_(self.ema)
@@ -183,16 +183,15 @@ _steps: WeakKeyDictionary[Launch, list[_Step]] = WeakKeyDictionary()
 
 def _update_in_steps(launch: Launch, weight: float | Tensor, *, guarded: bool) -> None:
     for step in _steps.get(launch) or _steps.setdefault(launch, _lay_steps(launch)):
-        guard = step.guard if guarded else None
-        if guard is not None:
-            step.online.zero_()  # the padding too
+        if step.guard is not None:
+            step.online.zero_()  # the padding too, which stays finite so
         torch._foreach_copy_(step.places, step.parts)
         if _copies(weight):
             step.ema.copy_(step.online)
         else:
             step.load().lerp_(step.online, weight)
-        if guard is not None:
-            guard.skip(step)
+        if guarded and step.guard is not None:
+            step.guard.skip(step)
         step.store()
 
 
@@ -237,8 +236,9 @@ def _lay_steps(launch: Launch) -> list[_Step]:
     online = flat.new_zeros(size, dtype=compute)
     scratch = Scratch.like(flat[:size]) if kind.precision != "nearest" else None
     philox = None if bucket.random_state is None else Philox(bucket.random_state, size)
+    in_scratch = scratch is not None and compute == torch.float32
     separate = None
-    if (kind.dtype != compute or counts is not None) and not (scratch and compute == torch.float32):
+    if not in_scratch and (counts is not None or kind.dtype != compute):
         separate = flat.new_zeros(size, dtype=compute)
 
     steps = []
@@ -246,13 +246,13 @@ def _lay_steps(launch: Launch) -> list[_Step]:
         begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()
         weight = flat[begin:end]
         ema = weight if separate is None else separate[: end - begin]
-        used = None if scratch is None else scratch.head(end - begin)
-        if used is not None and compute == torch.float32:
-            ema = used.value
+        head = None if scratch is None else scratch.head(end - begin)
+        if head is not None and in_scratch:
+            ema = head.value
         guard = None
         if counts is not None:
-            numbers = [bisect(bucket.offsets, offset) - 1 for offset, _ in stretch]
-            rows = [bucket.first_chunks[number] for number in numbers]
+            members = [bisect(bucket.offsets, offset) - 1 for offset, _ in stretch]
+            rows = [bucket.first_chunks[member] for member in members]
             ends = [offset - begin + part.numel() - 1 for offset, part in stretch]
             guard = _Guard(
                 overflow(kind.dtype, kind.precision),
@@ -268,7 +268,7 @@ def _lay_steps(launch: Launch) -> list[_Step]:
             ema=ema,
             weight=weight,
             residual=None if bucket.residual is None else bucket.residual[begin:end],
-            scratch=used,
+            scratch=head,
             philox=philox,
             guard=guard,
         )
