@@ -92,7 +92,7 @@ class Variant:
 
 
 def shipped(case: Case) -> Variant:
-    """What `ema_triton.launch` does in this case."""
+    """What `ema_triton.ops.triton_backend` does in this case."""
     exact = case.precision == "exact"
     block = triton_backend.EXACT_BLOCK if exact else triton_backend.BLOCK[case.ema_dtype.itemsize]
     # The kernel takes 4 elements at a time where types of different widths meet.

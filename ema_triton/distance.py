@@ -15,6 +15,7 @@ from ema_triton.ops import foreach_backend
 from ema_triton.ops.precision import join
 from ema_triton.pairing import Pair
 from ema_triton.plan import Launch
+from ema_triton.state import SCRATCH
 
 
 class Distance(NamedTuple):
@@ -77,7 +78,7 @@ def _norms(launch: Launch) -> Iterator[tuple[str, Tensor, Tensor]]:
     A tensor larger than the scratch has several parts, each with its norms.
     """
     bucket = launch.bucket
-    size = min(foreach_backend.SCRATCH, bucket.flat.numel())
+    size = min(SCRATCH, bucket.flat.numel())
     scratch = bucket.flat.new_empty(size, dtype=torch.float64)
     for stretch in foreach_backend.stretches(launch):
         begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()

@@ -25,8 +25,9 @@ from ema_triton.schedules import Schedule
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
 
-# Elements that are converted at a time where tensors are laid out.
-PIECE = 1 << 20
+# Elements that are converted at a time, through 4 MiB for each fp32 tensor. An update of 25 M bf16
+# into fp32 on a CPU takes 5.5 ms; with a quarter of it 8.1 ms, with four times 5.9 ms.
+SCRATCH = 1 << 20
 
 # Bytes. Each tensor of a bucket starts on such a boundary, as the widest memory access demands.
 ALIGNMENT = 16
@@ -341,7 +342,7 @@ class EMAState:
             old = None if pair.new else self.residual_of(pair.name, pair.ema)
             parts = [weight, views[index], residual_views[index]]
             parts += [] if old is None else [old.to(weight.device)]
-            for part, view, residual_view, *old_part in pieces(*parts, size=PIECE):
+            for part, view, residual_view, *old_part in pieces(*parts, size=SCRATCH):
                 value = join(part, old_part[0]) if old_part else part.float()
                 split(value.to(kind.device, copy=True), view, residual_view)
         skip_counts = random_state = None

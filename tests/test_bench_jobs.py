@@ -16,6 +16,7 @@ from bench import jobs, machine, measure, peers, run, step
 from bench.measure import Stopwatch
 from bench.models import MODELS, Model, make_module
 from bench.results import LIMIT, NO_EMA, Results, Row, Spread, StepRow
+from ema_triton import state
 from ema_triton.ops import foreach_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -62,7 +63,8 @@ WATCHED = [key for key in peers.PEERS if key not in ("compiled_lerp", "timm", "o
 @pytest.mark.parametrize("case", run.CASES)
 def test_peers_take_the_memory_that_they_say(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as they run: those that refuse the dtypes take nothing."""
-    monkeypatch.setattr(foreach_backend, "SCRATCH", 1024)  # in proportion to the model
+    for module in (state, foreach_backend):
+        monkeypatch.setattr(module, "SCRATCH", 1024)  # in proportion to the model
     online_dtype, ema_dtype = run.CASES[case].online_dtype, run.CASES[case].ema_dtype
     total = jobs.sizes(EVEN, run.CASES[case])
     # Tables and scratch; and the casts of one tensor that torch makes within an operation.

@@ -263,6 +263,7 @@ def test_its_memory_is_bounded_by_a_chunk(
     ema_dtype: torch.dtype, online_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1024 doubles; beside it, two results for each tensor, or part of one."""
+    monkeypatch.setattr("ema_triton.distance.SCRATCH", 1024)
     monkeypatch.setattr(foreach_backend, "SCRATCH", 1024)
     gaps = Layout((64, 64), (0, 1), 0, 1)
     models = {

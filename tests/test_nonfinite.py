@@ -220,6 +220,20 @@ def test_counts_are_exact_whatever_lies_between_tensors(
         assert all(tensor.eq(2.0).all() for tensor in values(ema))
 
 
+def test_a_sync_with_nan_leaves_none_between_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be counted at each update: 26 elements are padded where a step before has values."""
+    monkeypatch.setattr(foreach_backend, "SCRATCH", 64)
+    online = [torch.full((size,), NAN, dtype=torch.bfloat16) for size in (17, 17, 26, 26)]
+    old = [torch.ones_like(tensor) for tensor in online]
+    ema = guarded(online, old, backend="foreach", precision="exact")
+    ema.sync()
+    assert all(tensor.isnan().all() for tensor in values(ema))
+    for parameter in (*ema.model, *ema.ema_model):
+        parameter.data.fill_(1.0)
+    ema.update(0.5)
+    assert ema.nonfinite_count() == 0
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -347,7 +347,7 @@ def test_the_machine_notices_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.poison(float("nan"))
     machine.update(0.3)
     machine.equals_the_shadow()
-    monkeypatch.setattr(foreach_backend._Step, "spare", lambda step: None)
+    monkeypatch.setattr(foreach_backend._Guard, "skip", lambda guard, step: None)
     machine.update(0.3)
     with pytest.raises(AssertionError):
         machine.equals_the_shadow()

@@ -1,13 +1,12 @@
 """The device code: Triton kernels that take every tensor of a bucket in one launch.
 
-`ema_update` averages, `exchange` swaps the two models' values.
-A program takes one row of the chunk table: where the chunk's online elements start (an address),
-where its EMA elements start (an offset in the flat bucket), and how many there are.
+`ema_update` averages, `exchange` swaps the values of the online and the EMA tensors. A program
+takes one row of the chunk table.
 
-`precision.py` has the number formats in torch, and says why they are as they are. Conversions to
-and from bf16 are written on bits. Reading two from a register takes one instruction for each so,
-with `cvt.f32.bf16` three in all. Rounding with `cvt.rn.bf16x2.f32` would halve the instructions of
-a bf16 update, but take more registers where it is guarded (on sm_90 38 instead of 32).
+`precision.py` has the number formats in torch, and the reasons for them. Conversions to and from
+bf16 are written on bits: unpacking two from a register takes one instruction each, three in all
+with `cvt.f32.bf16`. Rounding with `cvt.rn.bf16x2.f32` would halve the instructions of a bf16
+update, but take more registers where non-finite values are skipped (on sm_90 38 instead of 32).
 """
 
 import triton
@@ -48,11 +47,11 @@ def narrow_stochastic(x, noise, DTYPE: tl.constexpr):
         rounded = tl.where(x == x, (bits + noise) >> 16, 0x7FC0)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        # fp16 keeps 13 bits less than fp32, and below its smallest normal number 2**-14 more of
-        # them: there, adding 2**-14 brings them to the same place.
+        # fp16 drops the last 13 bits of an fp32, but more of them below its smallest normal number
+        # 2**-14. Adding 2**-14 there moves them to the last 13 too.
         shift = tl.where(tl.abs(x) < 2**-14, 2**-14, 0.0)
         size = (tl.abs(x) + shift).to(tl.uint32, bitcast=True)
-        size = tl.minimum(size, 0x7FC00000)  # of a NaN, so that it cannot carry either
+        size = tl.minimum(size, 0x7FC00000)  # a NaN could carry here too
         size = (size + (noise & 0x1FFF)) & 0xFFFFE000
         rounded = (size.to(tl.float32, bitcast=True) - shift).to(tl.uint32, bitcast=True)
         return (rounded | (bits & 0x80000000)).to(tl.float32, bitcast=True).to(DTYPE)
@@ -60,7 +59,7 @@ def narrow_stochastic(x, noise, DTYPE: tl.constexpr):
 
 @triton.jit
 def noise(seed, update, first, SIZE: tl.constexpr):
-    """Uniform 16-bit integers for SIZE elements, `first` (a multiple of 8) and following.
+    """Uniform 16-bit integers for SIZE elements from index `first` on, a multiple of 8.
 
     A function of the seed, the number of the update and an element's index in the bucket. One call
     of Philox gives 128 bits, enough for 8 elements: a call for each would make the update wait for
@@ -89,7 +88,7 @@ def join(weight, residual):
     if residual.dtype == tl.int16:
         bits = wide.to(tl.int32, bitcast=True) + residual.to(tl.int32)
         value = bits.to(tl.float32, bitcast=True)
-        # Beside a weight that was written since, an old residual can make a NaN of it.
+        # The residual is an old one where the weight was written: the sum may then be a NaN.
         return tl.where(value == value, value, wide)
     else:
         return tl.where(narrow(residual, weight.dtype) == weight, residual, wide)
@@ -97,7 +96,7 @@ def join(weight, residual):
 
 @triton.jit
 def split(value, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr):
-    """The weight and the residual from which `join` makes this value again."""
+    """The weight and the residual that `join` makes this value of."""
     if RESIDUAL == tl.int16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value == value, bits, 0x7FC00000)
@@ -121,61 +120,75 @@ def lerp(ema, online, momentum):
 
 
 @triton.jit
-def count(finite, mask, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """How many of each GROUP elements, which one thread has, are not finite."""
-    return tl.where(mask & (finite == 0), 1, 0).reshape(SIZE // GROUP, GROUP).sum(1)
-
-
-@triton.jit
 def average(
-    ema_ptrs,
-    online_ptrs,
-    residual_ptrs,
+    table_ptr,
+    ema_ptr,
+    online_ptr,
+    residual_ptr,
+    skip_counts_ptr,
     seed,
     update,
-    skipped,
-    first,
-    mask,
+    offset,
+    length,
     momentum,
     COPY: tl.constexpr,
     OVERFLOW: tl.constexpr,
     SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """ema = lerp(ema, online, momentum) for SIZE elements of the bucket, `first` and following.
+    """The update of the program's chunk, SIZE elements at a time.
 
-    Where there is an OVERFLOW, those that would reach it, or be NaN, are skipped. Returns how many
-    were, `skipped` included, by GROUP neighbours.
+    The arguments are those of `ema_update`, with pointers to the chunk's first elements; `seed` and
+    `update` are None unless rounding is stochastic.
     """
-    EMA: tl.constexpr = ema_ptrs.dtype.element_ty
-    COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
-    ema = tl.load(ema_ptrs, mask=mask)
-    online = widen(tl.load(online_ptrs, mask=mask), COMPUTE)
-    residual = None
-    if residual_ptrs is None:
-        old = widen(ema, COMPUTE)
-    else:
-        residual = tl.load(residual_ptrs, mask=mask)
-        old = join(ema, residual)
-    value = online if COPY else lerp(old, online, momentum)
-    if OVERFLOW is not None:
-        finite = tl.abs(value) < OVERFLOW  # not for NaN
-        skipped += count(finite, mask, SIZE, GROUP)
-        value = tl.where(finite, value, old)
-    if residual_ptrs is not None:
-        ema, residual = split(value, EMA, residual_ptrs.dtype.element_ty)
-        tl.store(residual_ptrs, residual, mask=mask)
-    elif seed is not None:
-        ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)
-    else:
-        ema = narrow(value, EMA)
-    tl.store(ema_ptrs, ema, mask=mask)
-    return skipped
+    EMA: tl.constexpr = ema_ptr.dtype.element_ty
+    STORED: tl.constexpr = EMA if residual_ptr is None else residual_ptr.dtype.element_ty
+    WIDEST: tl.constexpr = STORED.primitive_bitwidth
+    # Neighbours that one thread holds in any layout. It counts what it skips, across its steps.
+    GROUP: tl.constexpr = 2 if EMA == tl.float64 else 4
+    skipped = tl.zeros((SIZE // GROUP,), tl.int32)
+    for start in range(0, length, SIZE):
+        index = start + tl.arange(0, SIZE)
+        ema_ptrs = ema_ptr + index
+        online_ptrs = online_ptr + index
+        # Beside an fp32 tensor, narrower ones are accessed four elements at a time as well. Eight
+        # at a time they would go through shared memory, with barriers, to the fp32's layout.
+        if EMA.primitive_bitwidth < WIDEST:
+            ema_ptrs = tl.max_contiguous(ema_ptrs, 4)
+        if online_ptr.dtype.element_ty.primitive_bitwidth < WIDEST:
+            online_ptrs = tl.max_contiguous(online_ptrs, 4)
+        residual_ptrs = None if residual_ptr is None else residual_ptr + index
+        first = offset + start
+        mask = index < length
+        ema = tl.load(ema_ptrs, mask=mask)
+        online = widen(tl.load(online_ptrs, mask=mask), momentum.dtype)
+        if residual_ptr is None:
+            old = widen(ema, momentum.dtype)
+        else:
+            old = join(ema, tl.load(residual_ptrs, mask=mask))
+        value = online if COPY else lerp(old, online, momentum)
+        if OVERFLOW is not None:
+            finite = tl.abs(value) < OVERFLOW  # not for NaN
+            skips = tl.where(mask & (finite == 0), 1, 0)
+            skipped += skips.reshape(SIZE // GROUP, GROUP).sum(1)
+            value = tl.where(finite, value, old)
+        if residual_ptr is not None:
+            ema, residual = split(value, EMA, STORED)
+            tl.store(residual_ptrs, residual, mask=mask)
+        elif seed is not None:
+            ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)
+        else:
+            ema = narrow(value, EMA)
+        tl.store(ema_ptrs, ema, mask=mask)
+    if skip_counts_ptr is not None:
+        total = tl.sum(skipped)
+        if total > 0:  # not atomic: no other program writes this count
+            count_ptr = skip_counts_ptr + tl.load(table_ptr + tl.program_id(0) * 4 + 3)
+            tl.store(count_ptr, tl.load(count_ptr) + total)
 
 
 @triton.jit
 def chunk(table_ptr, number):
-    """A row of the table: online address; offset in the bucket; length; whether aligned."""
+    """A row of the table: online address, offset in the bucket, length, whether aligned."""
     row = table_ptr + number * 4
     address = tl.load(row)
     offset = tl.load(row + 1)
@@ -199,25 +212,24 @@ def ema_update(
 ):
     """ema = lerp(ema, online, momentum) for the chunk in row `program_id(0)` of the chunk table.
 
-    table_ptr: int64 [rows, 4]: online address; element offset in the bucket; length * 2 + aligned;
-        number of the chunk's skip count.
+    table_ptr: int64 [rows, 4]: address of the chunk's online elements; offset of its EMA elements
+        in the bucket; length * 2 + aligned; number of its skip count.
     ema_ptr: the flat bucket, 16-byte aligned.
-    residual_ptr: what a bucket of exact precision has beside each weight, or None.
+    residual_ptr: the residuals of a bucket of exact precision, or None.
     random_state_ptr: int64 [2], seed and number of this update, for a bucket of stochastic
         precision, or None; read here, so that each replay of a captured graph rounds anew.
-    skip_counts_ptr: int64, each counting the elements of a chunk that kept their value, because
-        the new one was not finite; or None, and then they take it.
+    skip_counts_ptr: int64, for each chunk how many new values were not finite and skipped; None
+        to store such values.
     momentum: used when momentum_ptr is None; a double, since fp64 buckets need all its digits.
     momentum_ptr: a 0-d tensor or None; read here, so that a captured graph follows its value.
     ONLINE: dtype of the online elements.
-    COPY: whether the EMA becomes the online model, whatever it was: where that is not finite,
-        torch.lerp makes NaN of it even with momentum 1.
-    OVERFLOW: the least magnitude that counts as not finite; None without skip counts.
+    COPY: whether the EMA becomes the online value. (lerp with momentum 1 would make it NaN where
+        either is not finite.)
+    OVERFLOW: the least magnitude that is not finite when stored; None without skip counts.
     BLOCK: elements handled at a time.
     """
     address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
-    EMA: tl.constexpr = ema_ptr.dtype.element_ty
-    COMPUTE: tl.constexpr = tl.float64 if EMA == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if ema_ptr.dtype.element_ty == tl.float64 else tl.float32
     # Read once, before the loop: the stores may alias these as far as the compiler knows.
     if momentum_ptr is not None:
         weight = tl.load(momentum_ptr).to(COMPUTE)
@@ -235,104 +247,72 @@ def ema_update(
     residual = residual_ptr
     if residual_ptr is not None:
         residual = tl.multiple_of(residual_ptr + offset, 16)
-    STORED: tl.constexpr = EMA if residual is None else residual.dtype.element_ty
-    WIDEST: tl.constexpr = STORED.primitive_bitwidth
-    # Neighbours that one thread has, whatever the layout.
-    GROUP: tl.constexpr = 2 if EMA == tl.float64 else 4
     if aligned:
-        # The bound is written as a multiple of 8 (the flag says that it is one): with a bound of
-        # unknown divisibility every access would be scalar.
+        # The flag says that the length is a multiple of 8, this product says it to the compiler:
+        # with a bound of unknown divisibility every access would be scalar.
         online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
         bound = (length // 8) * 8
-        skipped = tl.zeros((BLOCK // GROUP,), tl.int32)
-        for start in range(0, bound, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            ema_ptrs = ema + index
-            online_ptrs = online + index
-            # Where one side is fp32, all are accessed four elements at a time: a narrow one would
-            # be accessed eight at a time, and go through shared memory, with barriers, to meet it.
-            if EMA.primitive_bitwidth < WIDEST:
-                ema_ptrs = tl.max_contiguous(ema_ptrs, 4)
-            if ONLINE.primitive_bitwidth < WIDEST:
-                online_ptrs = tl.max_contiguous(online_ptrs, 4)
-            skipped = average(
-                ema_ptrs,
-                online_ptrs,
-                None if residual is None else residual + index,
-                seed,
-                update,
-                skipped,
-                offset + start,
-                index < bound,
-                weight,
-                COPY,
-                OVERFLOW,
-                BLOCK,
-                GROUP,
-            )
-        if skip_counts_ptr is not None:
-            add(skip_counts_ptr, table_ptr, skipped)
+        average(
+            table_ptr,
+            ema,
+            online,
+            residual,
+            skip_counts_ptr,
+            seed,
+            update,
+            offset,
+            bound,
+            weight,
+            COPY,
+            OVERFLOW,
+            BLOCK,
+        )
     else:
         # Cast again: a hint marks the value itself and would leak into this branch. Smaller steps,
         # since masking each element costs registers that the aligned branch would pay for; with
         # noise no smaller than the 8 elements per thread that one call gives.
         online = address.to(tl.pointer_type(ONLINE))
         SMALL: tl.constexpr = BLOCK // (4 if random_state_ptr is None else 2)
-        skipped_here = tl.zeros((SMALL // GROUP,), tl.int32)
-        for start in range(0, length, SMALL):
-            index = start + tl.arange(0, SMALL)
-            skipped_here = average(
-                ema + index,
-                online + index,
-                None if residual is None else residual + index,
-                seed,
-                update,
-                skipped_here,
-                offset + start,
-                index < length,
-                weight,
-                COPY,
-                OVERFLOW,
-                SMALL,
-                GROUP,
-            )
-        if skip_counts_ptr is not None:
-            add(skip_counts_ptr, table_ptr, skipped_here)
-
-
-@triton.jit
-def add(skip_counts_ptr, table_ptr, skipped):
-    """Add to the skip count of this program's chunk, which no other program writes."""
-    total = tl.sum(skipped)
-    if total > 0:
-        count_ptr = skip_counts_ptr + tl.load(table_ptr + tl.program_id(0) * 4 + 3)
-        tl.store(count_ptr, tl.load(count_ptr) + total)
+        average(
+            table_ptr,
+            ema,
+            online,
+            residual,
+            skip_counts_ptr,
+            seed,
+            update,
+            offset,
+            length,
+            weight,
+            COPY,
+            OVERFLOW,
+            SMALL,
+        )
 
 
 @triton.jit
 def exchange(table_ptr, ema_ptr, BLOCK: tl.constexpr):
-    """Swap the online and the EMA elements, which have one dtype, of the program's chunk."""
+    """Swap the online and the EMA elements of the program's chunk, which have one dtype."""
     address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
     ema = tl.multiple_of(ema_ptr + offset, 16)
     if aligned:
         online = tl.multiple_of(address.to(ema_ptr.dtype), 16)
-        bound = (length // 8) * 8
-        for start in range(0, bound, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            exchange_at(ema + index, online + index, index < bound)
+        exchange_chunk(ema, online, (length // 8) * 8, BLOCK, BLOCK)
     else:
-        online = address.to(ema_ptr.dtype)
-        SMALL: tl.constexpr = BLOCK // 4
-        for start in range(0, length, SMALL):
-            index = start + tl.arange(0, SMALL)
-            # One element at a time on both sides: they would meet in shared memory otherwise.
-            exchange_at(tl.max_contiguous(ema + index, 1), online + index, index < length)
+        # One element at a time on both sides, as the online ones may need: two layouts would
+        # exchange through shared memory.
+        exchange_chunk(ema, address.to(ema_ptr.dtype), length, BLOCK // 4, 1)
 
 
 @triton.jit
-def exchange_at(ema_ptrs, online_ptrs, mask):
-    """Swap the elements at these addresses."""
-    ema = tl.load(ema_ptrs, mask=mask)
-    online = tl.load(online_ptrs, mask=mask)
-    tl.store(ema_ptrs, online, mask=mask)
-    tl.store(online_ptrs, ema, mask=mask)
+def exchange_chunk(ema_ptr, online_ptr, length, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Swap SIZE elements at a time, with accesses to the EMA of at most WIDTH elements."""
+    for start in range(0, length, SIZE):
+        index = start + tl.arange(0, SIZE)
+        ema_ptrs = tl.max_contiguous(ema_ptr + index, WIDTH)
+        online_ptrs = online_ptr + index
+        mask = index < length
+        ema = tl.load(ema_ptrs, mask=mask)
+        online = tl.load(online_ptrs, mask=mask)
+        tl.store(ema_ptrs, online, mask=mask)
+        tl.store(online_ptrs, ema, mask=mask)

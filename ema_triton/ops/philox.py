@@ -2,7 +2,7 @@
 
 The number for an element depends on the seed, the number of the update and the element's index in
 its bucket, and on nothing else: not on the backend, the chunks, or what was drawn before. So a
-checkpoint needs the seed and the count of updates only.
+checkpoint needs the seed and the number of updates only.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 """
@@ -20,39 +20,36 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-class Noise:
-    """Draws for up to `size` elements at a time; its memory is allocated once."""
+class Philox:
+    """The random numbers of a bucket, drawn for up to `size` elements at a time.
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        calls = size // 8 + 2  # a stretch may begin and end within a call's 8 elements
-        self._index = torch.arange(calls, device=device)
-        self._counters = [torch.zeros_like(self._index) for _ in range(4)]
-        self._products = [torch.zeros_like(self._index) for _ in range(2)]
-        self._words = torch.zeros(calls, 4, dtype=torch.int32, device=device)
-        self._noise = torch.zeros(calls * 8, dtype=torch.int32, device=device)
+    Each draw reads `state`, int64 [2] on the bucket's device: the seed and the number of the
+    update. Memory is allocated once.
+    """
 
-    def draw(self, state: Tensor, first: int, count: int) -> Tensor:
-        """Uniform 16-bit integers for `count` elements, `first` and following, until the next draw.
+    def __init__(self, state: Tensor, size: int) -> None:
+        calls = size // 8 + 2  # the first and the last may serve a part of their 8 elements
+        self._state = state
+        self._index = torch.arange(calls, device=state.device)
+        self._work = self._index.new_zeros(6, calls)
+        self._words = self._index.new_zeros(calls, 4, dtype=torch.int32)
+        self._noise = self._index.new_zeros(calls * 8, dtype=torch.int32)
 
-        Args:
-            state: int64 [2], on the device: the seed and the number of the update.
-            first: Index of the first element in its bucket.
-            count: At most `size`.
+    def draw(self, first: int, count: int) -> Tensor:
+        """Uniform 16-bit integers for `count` elements of the bucket from index `first` on.
 
-        Returns:
-            int32 [count], each in [0, 65536).
+        They are int32 [count], and valid until the next draw.
         """
         calls = (first + count - 1) // 8 - first // 8 + 1
-        words = self._philox(state, first // 8, calls)
+        words = self._words_from(first // 8, calls)
         noise = self._noise[: 8 * calls]
         noise.copy_(words.view(torch.int16).view(-1)).bitwise_and_(0xFFFF)
         return noise[first % 8 : first % 8 + count]
 
-    def _philox(self, state: Tensor, first: int, calls: int) -> Tensor:
-        c0, c1, c2, c3 = (counter[:calls] for counter in self._counters)
-        p0, p1 = (product[:calls] for product in self._products)
-        seed, update = state[0], state[1]
-        torch.add(self._index[:calls], first, out=c0)
+    def _words_from(self, call: int, calls: int) -> Tensor:
+        c0, c1, c2, c3, p0, p1 = self._work[:, :calls]
+        seed, update = self._state
+        torch.add(self._index[:calls], call, out=c0)
         torch.bitwise_right_shift(c0, 32, out=c1)
         c0.bitwise_and_(_LOW)
         c2.copy_(update & _LOW)

@@ -12,17 +12,17 @@ from ema_triton.ops.precision import overflow
 from ema_triton.plan import Launch
 from ema_triton.state import ALIGNMENT
 
-# fp64 meets fp64 only: a pair of unequal widths with it would go through shared memory.
+# These mix; fp64 would go through shared memory beside them, and is averaged with fp64 only.
 _NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Elements a program handles at a time, by the width of the EMA's elements. With 4 warps that is
 # 16 elements per thread, two to four accesses of 128 bits in flight on each side, at 32 to 39
-# registers (fp64: 32, in a quarter of the elements).
+# registers (fp64: 32, with a quarter of the elements).
 BLOCK = {2: 2048, 4: 2048, 8: 512}
-# An exact EMA has three tensors in flight and not two: 30 to 32 registers; with 2048 up to 42.
+# An exact EMA has three tensors in flight instead of two: 30 to 32 registers; with 2048 up to 42.
 EXACT_BLOCK = 1024
 WARPS = 4
-# A swap has both sides in flight until it stores them crosswise: 32 to 40 registers.
+# A swap holds both sides until it stores them: 32 to 40 registers.
 EXCHANGE_BLOCK = {2: 2048, 4: 1024, 8: 512}
 
 
@@ -39,8 +39,7 @@ def update(launch: Launch, momentum: float | Tensor) -> None:
 
 def exchange(launch: Launch) -> None:
     """Swap the values of the launch's EMA tensors and of their online tensors, of one dtype."""
-    # Triton launches on the current device, whatever device the arguments are on.
-    with torch.accelerator.device_index(launch.kind.device.index):
+    with torch.accelerator.device_index(launch.kind.device.index):  # on which Triton launches
         kernels.exchange[(len(launch.chunk_table),)](
             launch.chunk_table,
             launch.bucket.flat,
@@ -52,14 +51,14 @@ def exchange(launch: Launch) -> None:
 def prepare(launch: Launch) -> None:
     """Upload the chunk table and compile the kernels, so that an update does neither.
 
-    A float, a momentum of 1 and an fp32 tensor take a variant of the kernel each. All are compiled
-    here: one that came first in the middle of a training would stall its step, and could not be
-    loaded while a CUDA graph is captured. For sm_90 a variant takes 0.1 to 0.2 s (with noise 0.3
-    to 0.4 s), and Triton 3.6 another 0.2 s for the tensor's launcher; once per machine, since from
-    Triton's cache on disk it takes 2 ms.
+    A momentum that is a float, a 1 or an fp32 tensor takes a variant of the kernel each. Compiled
+    at its first use, a variant would stall a training step, and could not be loaded while a CUDA
+    graph is captured. For sm_90 it takes 0.1 to 0.2 s (with random numbers 0.3 to 0.4 s), and
+    Triton 3.6 another 0.2 s for the tensor's launcher; once per machine, since loading from
+    Triton's cache on disk takes 2 ms.
 
     Raises:
-        Exception: Whatever Triton raises where it cannot compile, for example without a C compiler.
+        Exception: What Triton raises where it cannot compile, for example without a C compiler.
     """
     tensor = torch.zeros((), dtype=torch.float32, device=launch.kind.device)
     for momentum in (0.0, 1.0, tensor):
@@ -70,8 +69,8 @@ def prepare(launch: Launch) -> None:
 def obstacle(launch: Launch) -> str | None:
     """Why the kernel cannot take this launch; None if it can."""
     ema, online = launch.kind.dtype, launch.online_dtype
-    if (device := device_obstacle(launch.kind.device)) is not None:
-        return device
+    if (reason := device_obstacle(launch.kind.device)) is not None:
+        return reason
     if not launch.dense:
         return "the online tensors are not dense (there are gaps or overlaps in their memory)"
     if not (ema == online == torch.float64) and not (ema in _NARROW and online in _NARROW):
@@ -91,7 +90,7 @@ def device_obstacle(device: torch.device) -> str | None:
 def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
     bucket, kind, effective = launch.bucket, launch.kind, launch.effective_momentum(momentum)
     value, pointer = (effective, None) if isinstance(effective, float) else (0.0, effective)
-    guarded = launch.skip_counts is not None
+    skips = launch.skip_counts is not None
     with torch.accelerator.device_index(kind.device.index):  # on which Triton launches
         ema_update[(chunks,)](
             launch.chunk_table,
@@ -103,7 +102,7 @@ def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
             pointer,
             ONLINE=_online(launch),
             COPY=value == 1,
-            OVERFLOW=overflow(kind.dtype, kind.precision) if guarded else None,
+            OVERFLOW=overflow(kind.dtype, kind.precision) if skips else None,
             BLOCK=EXACT_BLOCK if kind.precision == "exact" else BLOCK[kind.dtype.itemsize],
             num_warps=WARPS,
         )

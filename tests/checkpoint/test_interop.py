@@ -57,20 +57,13 @@ def own_of(model: nn.Module) -> tuple[dict[str, Any], list[list[str]]]:
     return own, [*names.values()]
 
 
-def through_a_file(state: object) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def recognised(state: object, model: nn.Module) -> ForeignWeights:
     """By a model of the same kind, with other values."""
     own, parameters = own_of(copy.deepcopy(model))
     for value in own.values():
         if isinstance(value, torch.Tensor):
             value.fill_(-7)
-    found = extract_weights(through_a_file(state), own, parameters)
+    found = extract_weights(saved(state), own, parameters)
     SavedState.parse(found.weights).check_matches(own)
     return found
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from ema_triton.ops.philox import Noise
-
-CPU = torch.device("cpu")
+from ema_triton.ops.philox import Philox
 
 
 def signed(number: int) -> int:
@@ -33,26 +31,25 @@ VECTORS = [
 def test_published_vectors(counter: tuple, key: tuple, expected: tuple) -> None:
     low, high, update_low, update_high = counter
     state = torch.tensor([signed(key[0] | key[1] << 32), signed(update_low | update_high << 32)])
-    words = Noise(8, CPU)._philox(state, signed(low | high << 32), 1)
+    words = Philox(state, 8)._words_from(signed(low | high << 32), 1)
     assert [word & 0xFFFFFFFF for word in words[0].tolist()] == [*expected]
 
 
 def test_each_word_gives_its_low_half_first() -> None:
-    found = Noise(8, CPU).draw(torch.tensor([0, 0]), 0, 8).tolist()
+    found = Philox(torch.tensor([0, 0]), 8).draw(0, 8).tolist()
     assert found == [0xB709, 0x5F6F, 0x3F64, 0x0D89, 0x1F81, 0x4F12, 0x0A48, 0x4F73]
 
 
 def test_a_number_belongs_to_an_element_whatever_is_drawn_with_it() -> None:
-    noise, state = Noise(1000, CPU), torch.tensor([5, 7])
-    whole = noise.draw(state, 0, 1000).clone()
+    noise = Philox(torch.tensor([5, 7]), 1000)
+    whole = noise.draw(0, 1000).clone()
     for first, count in ((0, 1), (3, 2), (7, 10), (8, 8), (993, 7), (1, 999)):
-        assert torch.equal(noise.draw(state, first, count), whole[first : first + count])
+        assert torch.equal(noise.draw(first, count), whole[first : first + count])
 
 
 def test_seed_update_and_place_all_matter() -> None:
-    noise = Noise(64, CPU)
     drawn = [
-        tuple(noise.draw(torch.tensor(state), first, 64).tolist())
+        tuple(Philox(torch.tensor(state), 64).draw(first, 64).tolist())
         for state in ([0, 1], [1, 1], [0, 2], [2**40, 1], [0, 2**40])
         for first in (0, 64, 2**36)
     ]
@@ -61,7 +58,7 @@ def test_seed_update_and_place_all_matter() -> None:
 
 def test_uniform() -> None:
     count = 1 << 20
-    drawn = Noise(count, CPU).draw(torch.tensor([1, 1]), 0, count)
+    drawn = Philox(torch.tensor([1, 1]), count).draw(0, count)
     # Pearson's statistic over 256 classes has mean 255 and standard deviation sqrt(510); of the
     # high and of the low byte.
     for byte in (drawn >> 8, drawn & 0xFF):

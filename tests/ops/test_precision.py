@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_triton.ops.precision import RESIDUAL_DTYPE, Scratch, join, narrow_stochastic, shown, split
+from ema_triton.ops.precision import RESIDUAL_DTYPE, Scratch, join, narrow_stochastic, split
 
 LOW = [torch.bfloat16, torch.float16]
 PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
@@ -63,7 +63,7 @@ def test_every_weight_is_its_own_value(dtype: torch.dtype) -> None:
 def test_the_weight_is_a_nearest_one(dtype: torch.dtype) -> None:
     value = every_high_half()
     value = value[value.abs() < torch.finfo(dtype).max]
-    ours, nearest = shown(value, dtype).double(), value.to(dtype).double()
+    ours, nearest = halves(value, dtype)[0].double(), value.to(dtype).double()
     assert torch.equal((ours - value).abs(), (nearest - value).abs())
 
 
@@ -84,7 +84,7 @@ def test_an_old_residual_leaves_a_written_weight_what_it_is(dtype: torch.dtype) 
         others = [0.0, 1.0, -65504.0, 1e-30, float("inf"), float("nan")]
     for other in others:
         old = torch.full(weight.shape, other, dtype=RESIDUAL_DTYPE[dtype])
-        found = shown(join(weight, old), dtype)
+        found = halves(join(weight, old), dtype)[0]
         assert torch.equal(found.nan_to_num(), weight.nan_to_num())  # where -0 equals 0
         assert torch.equal(found.isnan(), weight.isnan())
 

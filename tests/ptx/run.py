@@ -2,7 +2,7 @@
 
 Triton compiles for any GPU on any machine; all that it asks its driver is which GPU is there, and
 `compiled_for` has the answer. What a kernel is launched with, constants and alignments included, is
-what `launch.py` launches it with: a `Kernel` stands in the place of the jitted function there.
+what that module launches it with: a `Kernel` stands in the place of the jitted function there.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _bits(value: Tensor | int | float) -> np.ndarray:
 
 @contextmanager
 def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterator[None]:
-    """Here `launch.py` launches on CPU tensors, compiled for sm_80, sm_90 or sm_100.
+    """Here `triton_backend.py` launches on CPU tensors, compiled for sm_80, sm_90 or sm_100.
 
     Args:
         architecture: 80, 90 or 100.
