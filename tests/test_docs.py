@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["schedules", "files", "rivals", "model_ema", "handler"]
+MODULES = ["schedules", "checkpoint.interop", "model_ema", "handler"]
 
 
 @pytest.mark.parametrize("name", MODULES)
