@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ema_triton.ops.kernels import chunk, join, lerp, narrow, split, widen
+from ema_triton.ops.kernels import chunk, join_residual, lerp, narrow, split_residual, widen
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def update_elements(
         tl.store(ema_ptrs, narrow(value, EMA), mask=mask, eviction_policy=EMA_HINT)
     else:
         residual = tl.load(residual_ptrs, mask=mask, eviction_policy=EMA_HINT)
-        value = lerp(join(ema, residual), online, momentum)
-        ema, residual = split(value, EMA, residual_ptrs.dtype.element_ty)
+        value = lerp(join_residual(ema, residual), online, momentum)
+        ema, residual = split_residual(value, EMA, residual_ptrs.dtype.element_ty)
         tl.store(residual_ptrs, residual, mask=mask, eviction_policy=EMA_HINT)
         tl.store(ema_ptrs, ema, mask=mask, eviction_policy=EMA_HINT)

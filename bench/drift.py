@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench import report
 from bench.results import FOLDER
 from ema_triton import ModelEMA
-from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, join
+from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, join_residual
 
 BEGIN, END = "<!-- python -m bench drift -->", "<!-- end of the drift -->"
 
@@ -104,7 +104,7 @@ def course(dtype: str, updates: int) -> Iterator[Point]:
             ema.update(MOMENTUM)
         if update % every == 0 or update == updates:
             exact = emas["exact"].state_dict()
-            accumulated = join(exact["weights"]["0"], exact["residuals"]["0"])
+            accumulated = join_residual(exact["weights"]["0"], exact["residuals"]["0"])
             values = {"float64": truth, "accumulated": accumulated.double()}
             values |= {name: ema.ema_model[0].detach().double() for name, ema in emas.items()}
             for name, value in values.items():

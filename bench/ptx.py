@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ema_triton.ops.kernels import ema_update, exchange
-from ema_triton.ops.precision import RESIDUAL_DTYPE, overflow
+from ema_triton.ops.precision import RESIDUAL_DTYPE, overflow_threshold
 from ema_triton.ops.triton_backend import BLOCK, EXACT_BLOCK, EXCHANGE_BLOCK, WARPS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -238,7 +238,7 @@ def compiled(
     constants = {
         "ONLINE": DTYPES[online][0],
         "COPY": False,
-        "OVERFLOW": overflow(DTYPES[ema][1], precision) if guarded else None,
+        "OVERFLOW": overflow_threshold(DTYPES[ema][1], precision) if guarded else None,
         "BLOCK": block,
     }
     if precision == "exchange":

@@ -12,9 +12,34 @@ from torch import Tensor, nn
 from ema_triton.modules import unwrap
 from ema_triton.ops.precision import PRECISIONS
 
-HANDLE_BUFFERS = ("copy", "update", "ema_train")
-EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NONFINITE = ("propagate", "skip")
+BACKENDS = ("auto", "triton", "foreach")
+
+# Of each argument: the accepted values, and what they mean.
+CHOICES: dict[str, tuple[tuple[object, ...], str]] = {
+    "handle_buffers": (
+        ("copy", "update", "ema_train"),
+        "'copy' copies the online buffers, 'update' averages them, 'ema_train' leaves them to the "
+        "EMA model in train mode.",
+    ),
+    "backend": (
+        BACKENDS,
+        "'auto' takes the Triton kernel where it can run and torch._foreach_lerp_ elsewhere.",
+    ),
+    "ema_dtype": (
+        (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "It is the dtype of the EMA model's floating tensors.",
+    ),
+    "precision": (
+        PRECISIONS,
+        "It says how a bf16 or fp16 EMA takes steps smaller than its dtype's: 'exact' keeps a "
+        "residual for each weight, 'stochastic' rounds by chance, 'nearest' drops it.",
+    ),
+    "nonfinite": (
+        ("propagate", "skip"),
+        "It says what becomes of NaN and Inf: 'propagate' lets them into the EMA, 'skip' keeps the "
+        "EMA's old value there and counts.",
+    ),
+}
 
 
 class Options(TypedDict, total=False):
@@ -32,37 +57,19 @@ class Options(TypedDict, total=False):
     nonfinite: str
 
 
-def check_choices(
-    handle_buffers: object, ema_dtype: object, precision: object, seed: object, nonfinite: object
-) -> None:
-    """Raise ValueError unless each is one of the accepted values."""
-    if handle_buffers not in HANDLE_BUFFERS:
-        raise ValueError(
-            "handle_buffers can only be one of 'copy', 'update', 'ema_train', but got "
-            f"{handle_buffers!r}. 'copy' copies the online buffers, 'update' averages them, "
-            "'ema_train' leaves them to the EMA model in train mode."
-        )
-    if ema_dtype is not None and ema_dtype not in EMA_DTYPES:
-        raise ValueError(
-            f"ema_dtype must be None or one of {', '.join(map(str, EMA_DTYPES))}, but got "
-            f"{ema_dtype!r}. It is the dtype of the EMA model's floating tensors."
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, but got {precision!r}. "
-            "It says how a bf16 or fp16 EMA takes steps smaller than its dtype's: 'exact' keeps "
-            "the rest beside the weights, 'stochastic' rounds by chance, 'nearest' drops it."
-        )
+def check_choices(seed: object, **given: object) -> None:
+    """Raise ValueError unless each argument is one of the accepted values."""
+    for name, value in given.items():
+        accepted, meaning = CHOICES[name]
+        if value not in accepted:
+            raise ValueError(
+                f"{name} can only be one of {', '.join(map(repr, accepted))}, but got {value!r}. "
+                f"{meaning}"
+            )
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(
             f"seed must be an int from 0 to 2**63 - 1, but got {seed!r}. Stochastic rounding draws "
             "its random numbers from it."
-        )
-    if nonfinite not in NONFINITE:
-        raise ValueError(
-            f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, but got {nonfinite!r}. "
-            "It says what becomes of NaN and Inf: 'propagate' lets them into the EMA, 'skip' keeps "
-            "the EMA's old value there and counts."
         )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from ema_triton.ops import foreach_backend
 from ema_triton.plan import Launch, Plan
 
-BACKENDS = ("auto", "triton", "foreach")
-
 
 def choose(requested: str, plan: Plan) -> None:
     """Set the backend of each launch of a plan, and of the plan its name and the reason.
@@ -18,14 +16,12 @@ def choose(requested: str, plan: Plan) -> None:
     "triton" too, and the reason names them.
 
     Args:
-        requested: One of `BACKENDS`.
+        requested: "auto", "triton" or "foreach".
         plan: A new plan.
 
     Raises:
-        ValueError: The name is unknown.
         RuntimeError: "triton" was asked for and cannot run.
     """
-    check_name(requested)
     for launch in plan.launches:
         launch.backend = foreach_backend
     plan.backend = "foreach"
@@ -33,30 +29,21 @@ def choose(requested: str, plan: Plan) -> None:
         plan.reason = "backend='foreach' was asked for"
     elif not plan.launches:
         plan.reason = "the model has no tensors to average"
-    elif (obstacle := _obstacle(plan.launches, explicit=requested == "triton")) is None:
+    elif (reason := _unsupported_reason(plan.launches, explicit=requested == "triton")) is None:
         plan.backend = "triton"
         asked = requested == "triton"
         why = "backend='triton' was asked for" if asked else "Triton drives the device"
         plan.reason = "; ".join([why, *_take_triton(plan.launches)])
     elif requested == "auto":
-        plan.reason = obstacle
+        plan.reason = reason
     else:
         raise RuntimeError(
-            f"backend='triton' cannot run here: {obstacle}. Use backend='auto' to let the library "
+            f"backend='triton' cannot run here: {reason}. Use backend='auto' to let the library "
             "fall back to torch._foreach_lerp_, or move the model to a GPU before building the EMA."
         )
 
 
-def check_name(requested: str) -> None:
-    """Raise ValueError unless `requested` is one of `BACKENDS`."""
-    if requested not in BACKENDS:
-        raise ValueError(
-            f"backend must be one of {', '.join(map(repr, BACKENDS))}, but got {requested!r}. "
-            "'auto' takes the Triton kernel where it can run and torch._foreach_lerp_ elsewhere."
-        )
-
-
-def _obstacle(launches: Sequence[Launch], *, explicit: bool) -> str | None:
+def _unsupported_reason(launches: Sequence[Launch], *, explicit: bool) -> str | None:
     """Why Triton cannot run any of them; None when it has compiled the kernels for them.
 
     Asked for explicitly, only the devices decide: a cast in mid-training is not an error.
@@ -65,17 +52,17 @@ def _obstacle(launches: Sequence[Launch], *, explicit: bool) -> str | None:
         from ema_triton.ops import triton_backend
     except ImportError as error:
         return f"triton does not import ({error}); pip install triton"
-    obstacles = [
-        triton_backend.device_obstacle(launch.kind.device)
+    reasons = [
+        triton_backend.unsupported_device(launch.kind.device)
         if explicit
-        else triton_backend.obstacle(launch)
+        else triton_backend.unsupported_reason(launch)
         for launch in launches
     ]
-    if None not in obstacles:
-        return obstacles[0]
+    if None not in reasons:
+        return reasons[0]
     try:
         for launch in launches:
-            if triton_backend.obstacle(launch) is None:
+            if triton_backend.unsupported_reason(launch) is None:
                 triton_backend.prepare(launch)
     except Exception as error:  # whatever the driver, the compiler or the linker raised
         return f"Triton cannot compile for this device ({type(error).__name__}: {error})"
@@ -88,11 +75,11 @@ def _take_triton(launches: Sequence[Launch]) -> list[str]:
 
     left = []
     for launch in launches:
-        if (obstacle := triton_backend.obstacle(launch)) is None:
+        if (reason := triton_backend.unsupported_reason(launch)) is None:
             launch.backend = triton_backend
         else:
             left.append(
                 f"torch._foreach_lerp_ averages {len(launch.names)} tensor(s) such as "
-                f"'{launch.names[0]}': {obstacle}"
+                f"'{launch.names[0]}': {reason}"
             )
     return left

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ema_triton.distributed import dtensor
 from ema_triton.ops import foreach_backend
-from ema_triton.ops.precision import join
+from ema_triton.ops.precision import join_residual
 from ema_triton.pairing import Pair
 from ema_triton.plan import Launch
 from ema_triton.state import SCRATCH
@@ -84,7 +84,7 @@ def _norms(launch: Launch) -> Iterator[tuple[str, Tensor, Tensor]]:
         begin, end = stretch[0][0], stretch[-1][0] + stretch[-1][1].numel()
         ema, online = bucket.flat[begin:end], scratch[: end - begin]
         if bucket.residual is not None:
-            ema = join(ema, bucket.residual[begin:end])
+            ema = join_residual(ema, bucket.residual[begin:end])
         places = [online[o - begin : o - begin + p.numel()].view(p.shape) for o, p in stretch]
         torch._foreach_copy_(places, [part for _, part in stretch])
         norms = torch._foreach_norm(places)

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ema_triton import distance
 from ema_triton.arguments import check_choices, check_holder, check_momentum
-from ema_triton.backend import check_name, choose
+from ema_triton.backend import choose
 from ema_triton.checkpoint import interop
 from ema_triton.checkpoint.state_dict import SavedState, build, load, read_weights, scatter_state
 from ema_triton.distance import Distance
@@ -142,8 +142,14 @@ class ModelEMA:
         nonfinite: str = "propagate",
     ) -> None:
         check_model(model)
-        check_choices(handle_buffers, ema_dtype, precision, seed, nonfinite)
-        check_name(backend)
+        check_choices(
+            seed,
+            handle_buffers=handle_buffers,
+            backend=backend,
+            ema_dtype=ema_dtype,
+            precision=precision,
+            nonfinite=nonfinite,
+        )
         self.model = unwrap(model)
         self.handle_buffers = handle_buffers
         self.precision = precision
@@ -213,7 +219,7 @@ class ModelEMA:
 
     @property
     def backend_reason(self) -> str:
-        """Why that backend was chosen, and what it leaves to the reference path."""
+        """Why that backend was chosen, and what the foreach backend does instead."""
         return self._last_plan().reason
 
     # A compiled training step calls this as it is: traced, every address would become a guard.
@@ -512,9 +518,8 @@ class ModelEMA:
                 if found.schedule is not None:
                     if self.schedule not in (None, found.schedule):
                         said.append(
-                            f"The checkpoint's schedule {found.schedule} replaces this handler's "
-                            f"{self.schedule}. To keep another one, assign handler.schedule after "
-                            "loading."
+                            f"The checkpoint's schedule {found.schedule} replaces "
+                            f"{self.schedule}. To use another one, assign `schedule` after loading."
                         )
                     self.schedule = found.schedule
         for remark in said:
@@ -609,7 +614,7 @@ class ModelEMA:
         online = self._plan.online_copies()
         if online is None:
             # Perhaps a forward has only gathered the shards.
-            dtensor.reshard(self.model)
+            dtensor.reshard_fsdp2(self.model)
             self._reshard_ema()
             online = self._plan.online_copies()
         if online is None:
@@ -619,7 +624,7 @@ class ModelEMA:
 
     def _reshard_ema(self) -> None:
         if self._state.module is not None:
-            dtensor.reshard(self._state.module)
+            dtensor.reshard_fsdp2(self._state.module)
 
     def _make_plan(self, online: Slots, ema_dtype: torch.dtype | None = None) -> Plan:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -121,7 +121,7 @@ def check_model(model: object) -> None:
                 f"{which} is a TorchScript module, whose tensors Python cannot reach. Build the "
                 "EMA of the Python module, and script its ema_model if need be."
             )
-    dtensor.reshard(model)
+    dtensor.reshard_fsdp2(model)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise NotImplementedError(

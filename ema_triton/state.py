@@ -1,8 +1,8 @@
 """The state of an EMA: what survives when tensors move, and all that is saved.
 
-The averaged values lie in flat buffers, one per bucket. Each tensor has a storage of its own over
-its part of the buffer: what tells tensors apart by their storage, as safetensors and accelerate do,
-sees as many as there are, and pickling writes each and no buffer.
+The averaged values lie in flat buffers, one per bucket. Every EMA tensor has a storage of its own
+over its part of the buffer, so that safetensors, accelerate and others that compare storages do not
+take the tensors for shared ones, and pickle writes each tensor and no buffer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
 from ema_triton.modules import Slots, slots_of
-from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join, pieces, split
+from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
 from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key
 from ema_triton.schedules import Schedule
 
@@ -34,10 +34,7 @@ ALIGNMENT = 16
 
 
 class Kind(NamedTuple):
-    """What the EMA tensors of one bucket have in common.
-
-    Complex tensors count as pairs of reals, of this dtype, but in buckets of their own.
-    """
+    """What the EMA tensors of one bucket have in common; complex ones are pairs of reals."""
 
     device: torch.device
     dtype: torch.dtype
@@ -160,18 +157,18 @@ class EMAState:
         }
 
     def residual_of(self, name: str, tensor: Tensor) -> Tensor | None:
-        """What belongs beside this tensor of the EMA, as `join` takes it."""
+        """The residual of this EMA tensor, for `join_residual`; None if it has none."""
         residual, real = self.residuals.get(name), as_real(tensor)
         if (
             residual is None
             or residual.dtype != RESIDUAL_DTYPE.get(real.dtype)
             or residual.shape != real.shape
         ):
-            return None  # another tensor has been put in its place
+            return None  # the tensor was cast, or replaced by one of another dtype
         return residual
 
     def owns(self) -> set[int]:
-        """Ids of the copied EMA tensors that are the state's, and nobody else's to write."""
+        """Ids of the copied EMA tensors that the state made, and so may write."""
         return {id(tensor) for tensor in self._copied}
 
     @property
@@ -343,8 +340,8 @@ class EMAState:
             parts = [weight, views[index], residual_views[index]]
             parts += [] if old is None else [old.to(weight.device)]
             for part, view, residual_view, *old_part in pieces(*parts, size=SCRATCH):
-                value = join(part, old_part[0]) if old_part else part.float()
-                split(value.to(kind.device, copy=True), view, residual_view)
+                value = join_residual(part, old_part[0]) if old_part else part.float()
+                split_residual(value.to(kind.device, copy=True), view, residual_view)
         skip_counts = random_state = None
         if self.guarded:
             chunks = sum(chunks_of(shape.numel()) for shape in shapes)

@@ -26,7 +26,7 @@ class Swap:
 
     def __init__(self, model: nn.Module, ema_model: nn.Module | None, plan: Plan) -> None:
         self._models = [model] if ema_model is None else [model, ema_model]
-        dtensor.reshard(*self._models)
+        dtensor.reshard_fsdp2(*self._models)
         self._plan = plan
         self.stream = torch.cuda.current_stream() if plan.on_cuda else None
         self._overlap = _overlap(plan.launches)
@@ -83,7 +83,7 @@ class Swap:
     def leave(self) -> None:
         """Restore both models, whatever happened to their tensors inside, and warn of writes."""
         self._warning.remove()
-        dtensor.reshard(*self._models)  # the gathered values are the EMA's
+        dtensor.reshard_fsdp2(*self._models)  # the gathered values are the EMA's
         changed = {name: None for name, snapshot in self._averaged_snapshots if snapshot.restore()}
         for snapshot in self._copied_snapshots:
             snapshot.restore()

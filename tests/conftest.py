@@ -49,18 +49,18 @@ def _kernels() -> Iterator[Callable[[torch.device], str | None] | None]:
     from ema_triton.plan import Launch
     from tests.ptx.run import compiled_for
 
-    device_obstacle, decide = triton_backend.device_obstacle, backend._obstacle
+    unsupported_device, decide = triton_backend.unsupported_device, backend._unsupported_reason
 
     def decide_here(launches: Sequence[Launch], *, explicit: bool) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
-            if not explicit and triton_backend.device_obstacle is stand_in:
-                patch.setattr(triton_backend, "device_obstacle", device_obstacle)
+            if not explicit and triton_backend.unsupported_device is stand_in:
+                patch.setattr(triton_backend, "unsupported_device", unsupported_device)
             return decide(launches, explicit=explicit)
 
     with compiled_for(90), pytest.MonkeyPatch.context() as patch:
-        stand_in = triton_backend.device_obstacle
-        patch.setattr(backend, "_obstacle", decide_here)
-        yield device_obstacle
+        stand_in = triton_backend.unsupported_device
+        patch.setattr(backend, "_unsupported_reason", decide_here)
+        yield unsupported_device
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def no_cpu(
 ) -> None:
     """Triton does not drive the CPU, as outside of these tests."""
     if _kernels is not None:
-        monkeypatch.setattr("ema_triton.ops.triton_backend.device_obstacle", _kernels)
+        monkeypatch.setattr("ema_triton.ops.triton_backend.unsupported_device", _kernels)
 
 
 @pytest.fixture

@@ -20,6 +20,6 @@ def plan_of(model: nn.Module, twin: nn.Module, precision: str = "nearest", **opt
 def run(backend: ModuleType, plan: Plan, momentum: float | Tensor) -> None:
     """An update by this backend, as far as it can."""
     for launch in plan.launches:
-        able = backend is foreach_backend or backend.obstacle(launch) is None
+        able = backend is foreach_backend or backend.unsupported_reason(launch) is None
         launch.backend = backend if able else foreach_backend
     plan.update(momentum)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ema_triton import ModelEMA
-from ema_triton.ops.precision import join
+from ema_triton.ops.precision import join_residual
 
 # How an EMA in low precision may be kept.
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -49,6 +49,6 @@ def accumulated(ema: ModelEMA) -> list[Tensor]:
     state = ema.state_dict()
     residuals = state["residuals"]
     return [
-        join(weight, residuals[name]) if name in residuals else weight
+        join_residual(weight, residuals[name]) if name in residuals else weight
         for name, weight in state["weights"].items()
     ]

@@ -47,8 +47,8 @@ def test_auto_falls_back_where_triton_cannot_compile(monkeypatch: pytest.MonkeyP
         raise OSError("no C compiler")
 
     monkeypatch.setattr(triton_backend, "prepare", fail)
-    monkeypatch.setattr(triton_backend, "obstacle", lambda bucket: None)
-    monkeypatch.setattr(triton_backend, "device_obstacle", lambda device: None)
+    monkeypatch.setattr(triton_backend, "unsupported_reason", lambda bucket: None)
+    monkeypatch.setattr(triton_backend, "unsupported_device", lambda device: None)
     ema = ModelEMA(nn.Linear(2, 2))
     assert ema.backend == "foreach"
     assert "Triton cannot compile for this device (OSError: no C compiler)" in ema.backend_reason

@@ -58,7 +58,7 @@ def test_readme_examples(
 
 def test_readme_names_every_schedule_and_backend() -> None:
     import ema_triton
-    from ema_triton.backend import BACKENDS
+    from ema_triton.arguments import BACKENDS
 
     readme = (ROOT / "README.md").read_text()
     schedules = set(ema_triton.__all__) - {"EMAHandler", "ModelEMA"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench import measure
 from ema_triton import ModelEMA
-from ema_triton.ops.precision import PRECISIONS, join
+from ema_triton.ops.precision import PRECISIONS, join_residual
 from tests import oracle
 from tests.plans import plan_of, run
 from tests.strategies import KERNEL_DTYPES, Layout
@@ -95,7 +95,7 @@ LOW = [torch.bfloat16, torch.float16]
 def exact_values(ema: ModelEMA) -> dict[str, Tensor]:
     """The fp32 values of an exact EMA, by name."""
     weights, residuals = (ema.state_dict()[part] for part in ("weights", "residuals"))
-    return {name: join(weights[name], residual) for name, residual in residuals.items()}
+    return {name: join_residual(weights[name], residual) for name, residual in residuals.items()}
 
 
 def shaken(

@@ -413,7 +413,7 @@ def test_bad_arguments_list_the_accepted_ones() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"'copy', 'update', 'ema_train', but got 'swap'"):
         ModelEMA(model, handle_buffers="swap")
-    with pytest.raises(ValueError, match=r"ema_dtype must be None or one of .*float16, but got"):
+    with pytest.raises(ValueError, match=r"ema_dtype can only be one of None, .*float16, but got"):
         ModelEMA(model, ema_dtype=torch.int8)
     with pytest.raises(ValueError, match=r"model should be an instance of nn.Module .* got str"):
         ModelEMA("model")

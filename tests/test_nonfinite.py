@@ -325,7 +325,9 @@ def test_propagate_counts_nothing_and_says_so() -> None:
         with pytest.raises(RuntimeError, match=r"nothing\. Build the EMA with nonfinite='skip'\.$"):
             read()
     for wrong in ("Skip", None, True, "raise"):
-        with pytest.raises(ValueError, match="nonfinite must be one of 'propagate', 'skip', but"):
+        with pytest.raises(
+            ValueError, match="nonfinite can only be one of 'propagate', 'skip', but"
+        ):
             ModelEMA(nn.Linear(2, 1), nonfinite=wrong)
 
 

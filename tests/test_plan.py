@@ -9,7 +9,7 @@ from torch import nn
 
 from ema_triton import ModelEMA, model_ema
 from ema_triton.modules import slots_of
-from ema_triton.ops.precision import join
+from ema_triton.ops.precision import join_residual
 from ema_triton.plan import Launch, Plan, make_plan
 from ema_triton.state import ALIGNMENT, CHUNK
 from tests.plans import plan_of
@@ -135,7 +135,7 @@ def test_ema_tensors_that_share_a_version_keep_their_digits() -> None:
         plans.add(ema._plan)
     assert len(plans) == 1
     for name, residual in ema._state.residuals.items():
-        value = join(ema.state_dict()["weights"][name], residual)
+        value = join_residual(ema.state_dict()["weights"][name], residual)
         assert torch.equal(value, wide.ema_model[0].weight), name
 
 

@@ -1,4 +1,4 @@
-"""This library's reference path."""
+"""This library's foreach backend."""
 
 from functools import partial
 

@@ -14,7 +14,13 @@ from torch import Tensor
 from ema_triton.checkpoint import interop
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.modules import clean_weights
-from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, as_real, join, split
+from ema_triton.ops.precision import (
+    PRECISIONS,
+    RESIDUAL_DTYPE,
+    as_real,
+    join_residual,
+    split_residual,
+)
 from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage_ptr, unsupported
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state, schedule_to_state
 from ema_triton.state import EMAState
@@ -173,7 +179,7 @@ class SavedState(NamedTuple):
         if name not in self.residuals:
             return weight
         residual = dtensor.shard_like(self.residuals[name], own)
-        value = join(as_real(weight), residual.to(weight.device))
+        value = join_residual(as_real(weight), residual.to(weight.device))
         return torch.view_as_complex(value) if weight.is_complex() else value
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> SavedState:
@@ -279,8 +285,8 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
             value, dtype = as_real(value), torch.float32
             if saved.precision is None and value.dtype in RESIDUAL_DTYPE:
                 without_residual.append(name)
-            copy = value.to(target.device, dtype, copy=True)  # split() uses it up
-            writes.append(partial(split, copy, as_real(target), residual))
+            copy = value.to(target.device, dtype, copy=True)  # split_residual() uses it up
+            writes.append(partial(split_residual, copy, as_real(target), residual))
         if value.dtype in REAL_DTYPE and torch.promote_types(value.dtype, dtype) != dtype:
             back = value.to(dtype).to(value.dtype)
             if not torch.allclose(back, value, rtol=0, atol=0, equal_nan=True):

@@ -122,7 +122,7 @@ def sum_over_ranks(numbers: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
     return DTensor.from_local(here, whole.device_mesh, kinds, run_check=False).full_tensor()
 
 
-def reshard(*models: nn.Module) -> None:
+def reshard_fsdp2(*models: nn.Module) -> None:
     """Make FSDP2 modules free their gathered parameters, and have their shards in the slots.
 
     After a forward without a backward the model's root module still holds its gathered parameters,

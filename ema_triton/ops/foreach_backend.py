@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from ema_triton.ops.philox import Philox
-from ema_triton.ops.precision import Scratch, join, narrow_stochastic, overflow, pieces, split
+from ema_triton.ops.precision import (
+    Scratch,
+    join_residual,
+    narrow_stochastic,
+    overflow_threshold,
+    pieces,
+    split_residual,
+)
 from ema_triton.plan import Launch
 from ema_triton.state import ALIGNMENT, CHUNK, SCRATCH
 
@@ -159,7 +166,7 @@ class _Step(NamedTuple):
         """Fill `ema` from the bucket."""
         value = self.weight
         if self.residual is not None:
-            value = join(value, self.residual, self.scratch)
+            value = join_residual(value, self.residual, self.scratch)
         return value if value is self.ema else self.ema.copy_(value)
 
     def store(self) -> None:
@@ -170,7 +177,7 @@ class _Step(NamedTuple):
             return
         value = self.scratch.value.copy_(self.ema)  # which does nothing if they are the same
         if self.residual is not None:
-            split(value, self.weight, self.residual, self.scratch)
+            split_residual(value, self.weight, self.residual, self.scratch)
         elif self.philox is not None:
             noise = self.philox.draw(self.begin, self.weight.numel())
             narrow_stochastic(value, noise, self.weight, self.scratch)
@@ -255,7 +262,7 @@ def _lay_steps(launch: Launch) -> list[_Step]:
             rows = [bucket.first_chunks[member] for member in members]
             ends = [offset - begin + part.numel() - 1 for offset, part in stretch]
             guard = _Guard(
-                overflow(kind.dtype, kind.precision),
+                overflow_threshold(kind.dtype, kind.precision),
                 counts,
                 torch.tensor(rows, device=kind.device),
                 torch.tensor(ends, device=kind.device),

@@ -82,7 +82,7 @@ def noise(seed, update, first, SIZE: tl.constexpr):
 
 
 @triton.jit
-def join(weight, residual):
+def join_residual(weight, residual):
     """The fp32 value that an exact EMA keeps in a weight and its residual."""
     wide = widen(weight, tl.float32)
     if residual.dtype == tl.int16:
@@ -95,8 +95,8 @@ def join(weight, residual):
 
 
 @triton.jit
-def split(value, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr):
-    """The weight and the residual that `join` makes this value of."""
+def split_residual(value, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr):
+    """The weight and the residual that `join_residual` makes this value of."""
     if RESIDUAL == tl.int16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value == value, bits, 0x7FC00000)
@@ -164,7 +164,7 @@ def average(
         if residual_ptr is None:
             old = widen(ema, momentum.dtype)
         else:
-            old = join(ema, tl.load(residual_ptrs, mask=mask))
+            old = join_residual(ema, tl.load(residual_ptrs, mask=mask))
         value = online if COPY else lerp(old, online, momentum)
         if OVERFLOW is not None:
             finite = tl.abs(value) < OVERFLOW  # not for NaN
@@ -172,7 +172,7 @@ def average(
             skipped += skips.reshape(SIZE // GROUP, GROUP).sum(1)
             value = tl.where(finite, value, old)
         if residual_ptr is not None:
-            ema, residual = split(value, EMA, STORED)
+            ema, residual = split_residual(value, EMA, STORED)
             tl.store(residual_ptrs, residual, mask=mask)
         elif seed is not None:
             ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)

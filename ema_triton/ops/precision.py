@@ -46,7 +46,7 @@ class Scratch(NamedTuple):
         return Scratch(*(tensor[:count] for tensor in self))
 
 
-def join(weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> Tensor:
+def join_residual(weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> Tensor:
     """The fp32 values of exact weights and their residuals; the scratch's `value` if one is given.
 
     Where a weight was written and its residual is still the old one, the value is one that
@@ -79,7 +79,9 @@ def pieces(*tensors: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
         yield from pieces(*halves, size=size)
 
 
-def split(value: Tensor, weight: Tensor, residual: Tensor, scratch: Scratch | None = None) -> None:
+def split_residual(
+    value: Tensor, weight: Tensor, residual: Tensor, scratch: Scratch | None = None
+) -> None:
     """Write fp32 values into exact weights and their residuals; `value` is overwritten."""
     if residual.dtype == torch.int16:
         bits = _bits(_plain_nan(value, None if scratch is None else scratch.temp))
@@ -117,7 +119,7 @@ def narrow_stochastic(value: Tensor, noise: Tensor, weight: Tensor, scratch: Scr
     weight.copy_(temp)
 
 
-def overflow(dtype: torch.dtype, precision: str) -> float:
+def overflow_threshold(dtype: torch.dtype, precision: str) -> float:
     """The least magnitude that is, or stochastically may be, stored as Inf in this dtype."""
     if dtype not in RESIDUAL_DTYPE:
         return float("inf")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ema_triton.ops import kernels
 from ema_triton.ops.kernels import ema_update
-from ema_triton.ops.precision import overflow
+from ema_triton.ops.precision import overflow_threshold
 from ema_triton.plan import Launch
 from ema_triton.state import ALIGNMENT
 
@@ -30,7 +30,7 @@ def update(launch: Launch, momentum: float | Tensor) -> None:
     """ema = lerp(ema, online, momentum) for every tensor of the launch.
 
     Args:
-        launch: Of a plan that is not stale, without `obstacle`.
+        launch: Of a plan that is not stale, without `unsupported_reason`.
         momentum: The weight of the online tensors: a float, or a 0-d tensor on their device,
             which the kernel reads, so that a captured CUDA graph follows its value.
     """
@@ -66,10 +66,10 @@ def prepare(launch: Launch) -> None:
         _launch(launch, momentum, 0)
 
 
-def obstacle(launch: Launch) -> str | None:
+def unsupported_reason(launch: Launch) -> str | None:
     """Why the kernel cannot take this launch; None if it can."""
     ema, online = launch.kind.dtype, launch.online_dtype
-    if (reason := device_obstacle(launch.kind.device)) is not None:
+    if (reason := unsupported_device(launch.kind.device)) is not None:
         return reason
     if not launch.dense:
         return "the online tensors are not dense (there are gaps or overlaps in their memory)"
@@ -80,7 +80,7 @@ def obstacle(launch: Launch) -> str | None:
     return None
 
 
-def device_obstacle(device: torch.device) -> str | None:
+def unsupported_device(device: torch.device) -> str | None:
     """Why the kernel cannot run on this device; None if it can."""
     if device.type in ("cuda", "xpu"):
         return None
@@ -102,7 +102,7 @@ def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
             pointer,
             ONLINE=_online(launch),
             COPY=value == 1,
-            OVERFLOW=overflow(kind.dtype, kind.precision) if skips else None,
+            OVERFLOW=overflow_threshold(kind.dtype, kind.precision) if skips else None,
             BLOCK=EXACT_BLOCK if kind.precision == "exact" else BLOCK[kind.dtype.itemsize],
             num_warps=WARPS,
         )

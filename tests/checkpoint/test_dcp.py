@@ -157,7 +157,7 @@ def _resumes_a_handler(folder):
     other = by_fsdp()
     resumed = EMAHandler(other, momentum=0.5)  # the checkpoint knows better
     weights = other.state_dict()
-    with pytest.warns(UserWarning, match="replaces this handler's Constant"):
+    with pytest.warns(UserWarning, match="replaces Constant"):
         dcp.load({"model": weights, "ema": resumed}, checkpoint_id=folder)
     other.load_state_dict(weights)
     assert resumed.schedule == LinearWarmup(0.9, 0.1, 8)

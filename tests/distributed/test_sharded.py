@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ema_triton import ModelEMA
 from ema_triton.distributed import dtensor
 from ema_triton.distributed.dtensor import local_part
-from ema_triton.ops.precision import join
+from ema_triton.ops.precision import join_residual
 from tests.ranks import run
 from tests.sharded import (
     CASES,
@@ -124,7 +124,7 @@ def _swaps(build):
     assert not torch.allclose(found.float(), before.float(), rtol=rounding, atol=rounding)
     with torch.no_grad():
         assert torch.equal(whole(model(x)), before)  # not with what was gathered of the EMA
-    dtensor.reshard(model)
+    dtensor.reshard_fsdp2(model)
     assert addresses == [local_part(p).data_ptr() for p in model.parameters()]
     for name, value in wholes(model).items():
         assert torch.equal(value, online[name])
@@ -325,7 +325,7 @@ def _is_written():
     online = wholes(model)["first.weight"].double()
     state = ema.state_dict(full_state_dict=True)
     if state:
-        exact = join(state["weights"]["first.weight"], state["residuals"]["first.weight"])
+        exact = join_residual(state["weights"]["first.weight"], state["residuals"]["first.weight"])
         # The old residual is at most half a spacing, of which the update leaves 0.75.
         bound = 0.75 * 2 * torch.finfo(torch.bfloat16).eps / 2
         bound = bound + update_bound(torch.full_like(online, 2.01), online, torch.float32)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.ops import foreach_backend
-from ema_triton.ops.precision import join, split
+from ema_triton.ops.precision import join_residual, split_residual
 from ema_triton.plan import Plan
 from tests.plans import plan_of, run
 
@@ -89,9 +89,9 @@ def test_an_exact_ema_takes_and_keeps_every_fp32(
     for momentum in (1.0, 0.0):  # takes it; leaves it
         run(triton_backend, plan, momentum)
         bucket = plan.launches[0].bucket
-        same_bits(join(bucket.flat, bucket.residual)[: len(value)].cpu(), value)
+        same_bits(join_residual(bucket.flat, bucket.residual)[: len(value)].cpu(), value)
         weight, residual = torch.empty_like(value, dtype=dtype), torch.empty_like(bucket.residual)
-        split(value.clone(), weight, residual[: len(value)].cpu())
+        split_residual(value.clone(), weight, residual[: len(value)].cpu())
         same_bits(plan.launches[0].targets[0].cpu(), weight)
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_triton.ops.precision import RESIDUAL_DTYPE, Scratch, join, narrow_stochastic, split
+from ema_triton.ops.precision import (
+    RESIDUAL_DTYPE,
+    Scratch,
+    join_residual,
+    narrow_stochastic,
+    split_residual,
+)
 
 LOW = [torch.bfloat16, torch.float16]
 PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
@@ -26,7 +32,7 @@ def every_high_half() -> Tensor:
 def halves(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = torch.empty_like(value, dtype=dtype)
     residual = torch.empty_like(value, dtype=RESIDUAL_DTYPE[dtype])
-    split(value.clone(), weight, residual)
+    split_residual(value.clone(), weight, residual)
     return weight, residual
 
 
@@ -41,13 +47,13 @@ def assert_same(one: Tensor, other: Tensor) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_value_survives(dtype: torch.dtype) -> None:
     value = every_high_half()
-    assert_same(join(*halves(value, dtype)), value)
+    assert_same(join_residual(*halves(value, dtype)), value)
 
 
 def test_every_mantissa_survives() -> None:
     for exponent in (0x00000000, 0x3F800000, 0x47000000, 0xC2000000, 0x7F000000):
         value = fp32(exponent + torch.arange(1 << 23)[:: 1 if exponent == 0x3F800000 else 37])
-        assert_same(join(*halves(value, torch.bfloat16)), value)
+        assert_same(join_residual(*halves(value, torch.bfloat16)), value)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -72,7 +78,7 @@ def test_beyond_the_range_a_value_shows_as_infinite_and_is_kept() -> None:
     for dtype, infinite in ((torch.bfloat16, [0, 1]), (torch.float16, [0, 1, 2, 3])):
         weight, residual = halves(value, dtype)
         assert weight[infinite].isinf().all()
-        assert torch.equal(join(weight, residual), value)
+        assert torch.equal(join_residual(weight, residual), value)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -84,7 +90,7 @@ def test_an_old_residual_leaves_a_written_weight_what_it_is(dtype: torch.dtype) 
         others = [0.0, 1.0, -65504.0, 1e-30, float("inf"), float("nan")]
     for other in others:
         old = torch.full(weight.shape, other, dtype=RESIDUAL_DTYPE[dtype])
-        found = halves(join(weight, old), dtype)[0]
+        found = halves(join_residual(weight, old), dtype)[0]
         assert torch.equal(found.nan_to_num(), weight.nan_to_num())  # where -0 equals 0
         assert torch.equal(found.isnan(), weight.isnan())
 
@@ -152,7 +158,7 @@ def test_a_nan_stays_a_nan_whatever_its_bits(dtype: torch.dtype) -> None:
     for noise in (0, 0xFFFF):
         drawn = torch.full(value.shape, noise, dtype=torch.int32)
         assert rounded(value, drawn, dtype).isnan().all()
-    assert join(*halves(value, dtype)).isnan().all()
+    assert join_residual(*halves(value, dtype)).isnan().all()
     assert halves(value, dtype)[0].isnan().all()
 
 

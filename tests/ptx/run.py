@@ -102,7 +102,7 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
     before = dict(vars(driver))
     with pytest.MonkeyPatch.context() as patch:
         driver.set_active(target)
-        patch.setattr(triton_backend, "device_obstacle", lambda device: None)
+        patch.setattr(triton_backend, "unsupported_device", lambda device: None)
         patch.setattr(triton_backend, "ema_update", update)
         patch.setattr(kernels, "exchange", exchange)
         patch.setattr(triton_backend, "_launch", updating)
