@@ -50,7 +50,7 @@ from ema_triton.plan import Plan, make_plan
 from ema_triton.schedules import Schedule, check_schedule, momentum_from
 from ema_triton.selection import Selection
 from ema_triton.state import EMAState
-from ema_triton.swap import Swap
+from ema_triton.swap import Swap, open_swaps
 
 logger = logging.getLogger("ema_triton")
 
@@ -241,8 +241,7 @@ class ModelEMA:
         """
         momentum = check_momentum(momentum)
         with self._lock, torch.no_grad():
-            self._refuse_inside_swap("update()")
-            plan, online = self._current_plan()
+            plan, online = self._plan_outside_swap("update()")
             self._check_momentum_fits(momentum, plan)
             plan.copies.write(online)
             plan.update(momentum)
@@ -261,8 +260,7 @@ class ModelEMA:
             RuntimeError: The models' weights are swapped.
         """
         with self._lock, DeferSigint(), torch.no_grad():
-            self._refuse_inside_swap("sync()")
-            plan, online = self._current_plan()
+            plan, online = self._plan_outside_swap("sync()")
             _copy_online(plan, online)
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
@@ -286,7 +284,34 @@ class ModelEMA:
             ...     print(evaluated is model, model.weight.tolist())
             True [[0.5, 0.5]]
         """
-        return SwapContext(self._swap_in, self._swap_out)
+        return SwapContext(self.swap_in, self.swap_out)
+
+    def swap_in(self) -> nn.Module:
+        """Begin what `swapped` does, where a framework has hooks for its start and its end.
+
+        Returns:
+            The online model, with the EMA's weights until `swap_out`.
+
+        Raises:
+            RuntimeError: They are swapped already.
+        """
+        with self._lock, torch.no_grad():
+            plan, _ = self._plan_outside_swap("swapped()")
+            swap = Swap(self.model, self._state.module, plan)
+            swap.enter()
+            self._swap = swap
+            return self.model
+
+    def swap_out(self) -> None:
+        """End it; without effect where nothing is swapped."""
+        with self._lock:
+            swap, self._swap = self._swap, None
+            if swap is None:
+                return
+            # SIGINT may end the swap where FakeTensorMode or another stream is active.
+            stream = nullcontext() if swap.stream is None else torch.cuda.stream(swap.stream)
+            with stream, torch._C._DisableTorchDispatch():
+                swap.leave()
 
     def follow(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> RemovableHandle:
         """Update after every step that the optimizer really makes.
@@ -402,8 +427,7 @@ class ModelEMA:
             4.0
         """
         with self._lock, torch.no_grad():
-            self._refuse_inside_swap("distance()")
-            plan, _ = self._current_plan()
+            plan, _ = self._plan_outside_swap("distance()")
             return distance.measure(plan.averaged, plan.launches)
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
@@ -513,7 +537,7 @@ class ModelEMA:
             self._current_plan()  # replaced tensors are in the state's buckets again
             with DeferSigint():
                 lost = [*load(found, self._state), *remarks]
-                self._plan.bump_versions()
+                self._plan.wrote()
                 said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
                 if found.schedule is not None:
                     if self.schedule not in (None, found.schedule):
@@ -546,24 +570,16 @@ class ModelEMA:
             state, _lock=threading.RLock(), _plan=Plan.unknown(), _captured=[], _following=None
         )
 
-    def _swap_in(self) -> nn.Module:
-        with self._lock, torch.no_grad():
-            self._refuse_inside_swap("swapped()")
-            plan, _ = self._current_plan()
-            swap = Swap(self.model, self._state.module, plan)
-            swap.enter()
-            self._swap = swap
-            return self.model
-
-    def _swap_out(self) -> None:
-        with self._lock:
-            swap, self._swap = self._swap, None
-            if swap is None:
-                return
-            # SIGINT may end the swap where FakeTensorMode or another stream is active.
-            stream = nullcontext() if swap.stream is None else torch.cuda.stream(swap.stream)
-            with stream, torch._C._DisableTorchDispatch():
-                swap.leave()
+    def _plan_outside_swap(self, what: str) -> tuple[Plan, list[Tensor]]:
+        """A plan that is not stale, and the online tensors that it copies; none is swapped."""
+        self._refuse_inside_swap(what)
+        plan, online = self._current_plan()
+        if any(swap.has_tensors_of(plan) for swap in open_swaps):
+            raise RuntimeError(
+                f"{what} while another EMA of this online model is swapped: the online model holds "
+                "that EMA's weights. Leave the context of its swapped() first. Nothing was changed."
+            )
+        return plan, online
 
     def _refuse_inside_swap(self, what: str) -> None:
         if self._swap is not None:
@@ -691,4 +707,4 @@ def _copy_online(plan: Plan, online: list[Tensor]) -> None:
         if current is not None:
             for slot in pair.ema_slots:
                 slot.write(own_copy(current, pair.ema.dtype))
-    plan.bump_versions()
+    plan.wrote()

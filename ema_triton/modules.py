@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,27 @@ def unwrap(model: nn.Module) -> nn.Module:
         return unwrap(model.module)
     compiled = getattr(model, "_orig_mod", None)
     return unwrap(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def with_caches(model: nn.Module | None) -> list[nn.Module]:
+    """The modules that override `train`, as those do that cache in eval mode what they computed."""
+    modules = [] if model is None else [*model.modules()]
+    return [module for module in modules if type(module).train is not nn.Module.train]
+
+
+def renew_caches(modules: Iterable[nn.Module]) -> None:
+    """Have modules drop what they cached from weights that have changed since.
+
+    LeViT's attention, for example, gathers its biases in `train(False)`, and drops them in
+    `train(True)`. Afterwards all submodules are in the mode in which they were.
+    """
+    for module in modules:
+        modes = [(submodule, submodule.training) for submodule in module.modules()]
+        mode = module.training
+        module.train(True)
+        module.train(mode)
+        for submodule, training in modes:
+            submodule.training = training
 
 
 def check_model(model: object) -> None:

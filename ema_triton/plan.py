@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ema_triton.modules import renew_caches, with_caches
 from ema_triton.ops.precision import as_real
 from ema_triton.pairing import REAL_DTYPE, Pair, Pairs
 from ema_triton.staleness import Copies, Staleness
@@ -147,6 +148,8 @@ class Plan:
     averaged: list[Pair]
     random_states: list[Tensor]
     staleness: Staleness
+    online_caches: list[nn.Module] = field(default_factory=list)  # modules that have some
+    ema_caches: list[nn.Module] = field(default_factory=list)
     backend: str = "foreach"
     reason: str = ""
 
@@ -166,11 +169,17 @@ class Plan:
             random_state[1:].add_(1)
         for launch in self.launches:
             launch.backend.update(launch, momentum)
-        self.bump_versions()
+        self.wrote()
 
     def bump_versions(self) -> None:
         """Tell autograd of a write to the EMA tensors, as from any in-place operation."""
         torch.autograd.graph.increment_version(self.ema_tensors)
+
+    def wrote(self) -> None:
+        """Tell autograd, and modules that cache what they computed, of a write to the EMA."""
+        self.bump_versions()
+        if self.ema_caches:
+            renew_caches(self.ema_caches)
 
     @cached_property
     def ema_tensors(self) -> list[Tensor]:
@@ -198,6 +207,8 @@ def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
         averaged=pairs.averaged,
         random_states=[b.random_state for b in state.buckets if b.random_state is not None],
         staleness=Staleness.over(model, state.module, pairs.averaged),
+        online_caches=with_caches(model),
+        ema_caches=with_caches(state.module),
     )
 
 

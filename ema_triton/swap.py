@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import accumulate, chain
+from itertools import accumulate, chain, count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slot
+from ema_triton.modules import Slot, renew_caches
 from ema_triton.pairing import memory_key, quoted
 from ema_triton.plan import Launch, Plan
 
@@ -54,8 +55,18 @@ class Swap:
                     "of them. Assign a contiguous copy of it to the model before swapping."
                 )
 
+    def has_tensors_of(self, plan: Plan) -> bool:
+        """Whether the online model of another EMA's plan is, or shares tensors with, this one."""
+        online = {id(pair.online) for pair in self._plan.averaged}
+        return any(id(pair.online) in online for pair in plan.averaged)
+
     def enter(self) -> None:
         """Put the EMA's values into the online model; if that fails, restore its own."""
+        wholes = [pair.online_slots[0].whole() for pair in self._exchanged_pairs]
+        owners = [*chain.from_iterable(map(dtensor.version_owners, wholes))]
+        owners += [online for online, _ in self._copied]
+        self._owners = tuple(owner for owner in owners if not owner.is_inference())
+        self._versions = tuple(owner._version for owner in self._owners)
         self._clones = [online.detach().clone() for online, _ in self._copied]
         exchanged: list[Launch] = []
         try:
@@ -67,10 +78,12 @@ class Swap:
                     online.detach().copy_(ema)
                 if self._overlap:
                     _check_values(self._plan.launches)
+            self._raise_versions()
+            self._forget_caches()
         except BaseException:
             self._restore(exchanged)
             raise
-        self._bump_versions()
+        open_swaps.add(self)
         self._averaged_snapshots = [
             (pair.name, Snapshot(slot))
             for pair in self._plan.averaged
@@ -82,13 +95,15 @@ class Swap:
 
     def leave(self) -> None:
         """Restore both models, whatever happened to their tensors inside, and warn of writes."""
+        open_swaps.discard(self)
         self._warning.remove()
         dtensor.reshard_fsdp2(*self._models)  # the gathered values are the EMA's
         changed = {name: None for name, snapshot in self._averaged_snapshots if snapshot.restore()}
         for snapshot in self._copied_snapshots:
             snapshot.restore()
         self._restore(self._launches)
-        self._bump_versions()
+        self._plan.bump_versions()
+        self._forget_caches()
         if changed:
             warnings.warn(
                 f"{quoted([*changed])} was written, or replaced, while the models' weights were "
@@ -115,13 +130,33 @@ class Swap:
                 launch.backend.exchange(launch)
             for (online, _), clone in zip(self._copied, self._clones, strict=True):
                 online.detach().copy_(clone)
+        set_versions(self._owners, self._versions)
 
-    def _bump_versions(self) -> None:
-        """Tell autograd of the exchange, as from any in-place operation."""
-        wholes = [pair.online_slots[0].whole() for pair in self._exchanged_pairs]
-        owners = chain.from_iterable(map(dtensor.version_owners, wholes))
-        torch.autograd.graph.increment_version([t for t in owners if not t.is_inference()])
+    def _raise_versions(self) -> None:
+        """Have autograd refuse to mix a graph made outside with the weights inside, or the reverse.
+
+        Versions count writes, and a graph remembers those of the tensors that it saved. Inside they
+        are higher than any outside, and higher in each swap than in the one before; afterwards they
+        are what they were, as the values are, and a graph made before the swap can be used.
+        """
+        # By 2**31 at least, which no number of writes reaches, and 2**16 more in each swap, which
+        # no number of writes inside one reaches.
+        step = 2**31 + next(_swaps) * 2**16 % 2**31
+        set_versions(self._owners, tuple((old + step) % 2**32 for old in self._versions))
         self._plan.bump_versions()
+
+    def _forget_caches(self) -> None:
+        """Drop what was computed from the weights that were in the online model."""
+        torch.clear_autocast_cache()
+        renew_caches(self._plan.online_caches)
+
+
+# Swaps that are entered and not left.
+open_swaps: WeakSet[Swap] = WeakSet()
+
+_swaps = count()
+
+set_versions = torch._C._autograd._unsafe_set_version_counter
 
 
 def _overlap(launches: Iterable[Launch]) -> bool:

@@ -270,7 +270,7 @@ def test_a_handler_set_inside_is_deferred_too_while_values_move() -> None:
             leave(Bomb(at))
         assert signal.getsignal(signal.SIGINT) is stop
         outcomes.add(ema._swap is None)
-        ema._swap_out()  # where it came before the end began
+        ema.swap_out()  # where it came before the end began
         assert same(everything(ema), before), at
     assert outcomes == {True, False}
 
@@ -346,11 +346,9 @@ def test_two_emas_are_both_as_they_were(use: Callable[[ModelEMA, ModelEMA], None
         assert same(everything(inner), before[1]), at
 
 
-@pytest.mark.filterwarnings("ignore:.*was written, or replaced, while")
-def test_two_emas_of_one_model_are_left_the_innermost_first() -> None:
-    outer = ModelEMA(nn.Linear(2, 2))
-    inner = ModelEMA(outer.model)
-    models = outer.model, outer.ema_model, inner.ema_model
+def test_two_swaps_are_left_the_innermost_first() -> None:
+    outer, inner = ModelEMA(nn.Linear(2, 2)), ModelEMA(nn.Linear(2, 2))
+    models = outer.model, outer.ema_model, inner.model, inner.ema_model
     for value, model in enumerate(models):
         for parameter in model.parameters():
             parameter.data.fill_(value)
@@ -360,7 +358,7 @@ def test_two_emas_of_one_model_are_left_the_innermost_first() -> None:
     for at in range(1, counting.count + 1, 37):
         with pytest.raises(KeyboardInterrupt), traced(Bomb(at)):
             in_order(outer, inner)
-        assert [model.bias.tolist() for model in models] == [[0, 0], [1, 1], [2, 2]], at
+        assert [model.bias.tolist() for model in models] == [[0, 0], [1, 1], [2, 2], [3, 3]], at
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

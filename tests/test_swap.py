@@ -264,23 +264,6 @@ def test_on_a_cpu_it_takes_a_chunk_of_extra_memory(monkeypatch: pytest.MonkeyPat
     assert [tensor.numel() for tensor in taken] == [CHUNK, CHUNK]
 
 
-def test_two_emas_of_one_model_nest_and_the_outer_one_cannot_know_who_wrote() -> None:
-    first = trained()
-    second = ModelEMA(first.model)
-    train(second)
-    online = contents(first.model)
-    averaged = contents(second.ema_model)
-
-    def nested() -> None:
-        with first.swapped(), second.swapped() as model:
-            assert same(contents_quietly(model), averaged)
-
-    with pytest.warns(UserWarning, match="was written, or replaced, while"):
-        nested()
-    assert same(contents(first.model), online)
-    assert same(contents(second.ema_model), averaged)
-
-
 class Evaluation:
     """An evaluator that notes whether it saw the EMA's weights."""
 

@@ -138,7 +138,7 @@ def test_a_swapped_model_evaluates_the_ema(build, ranks) -> None:
 
 
 def _goes_wrong_without_resharding():
-    dtensor.reshard = lambda *models: None
+    dtensor.reshard_fsdp2 = lambda *models: None
     with pytest.raises((AssertionError, RuntimeError)):
         _swaps(by_fsdp)
 
