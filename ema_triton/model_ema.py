@@ -31,20 +31,16 @@ from ema_triton.modules import (
     Slots,
     are_sharded,
     check_model,
-    copy_model,
-    empty_slots,
     slots_of,
     unwrap,
 )
 from ema_triton.ops import foreach_backend
 from ema_triton.ops.precision import RESIDUAL_DTYPE
 from ema_triton.pairing import (
-    Pairs,
     check_selection,
     check_tensors,
     left_out,
     own_copy,
-    pair_models,
 )
 from ema_triton.plan import Plan, make_plan
 from ema_triton.schedules import Schedule, check_schedule, momentum_from
@@ -155,8 +151,7 @@ class ModelEMA:
         self.precision = precision
         self.nonfinite = nonfinite
         self._requested_backend = backend
-        self._selection = Selection.of(include, exclude, momentum_scale)
-        self._left_out: set[str] = set()
+        selection = Selection.of(include, exclude, momentum_scale)
         self._following: RemovableHandle | None = None
         self._swap: Swap | None = None
         self._lock = threading.RLock()
@@ -167,19 +162,20 @@ class ModelEMA:
             check_model(ema_model)
         online = slots_of(self.model)
         check_tensors(online)
-        check_selection(self._selection, online, handle_buffers)
+        check_selection(selection, online, handle_buffers)
         check_holder(self.model, ema_model, as_module, handle_buffers)
-        if not as_module:
-            self._left_out = left_out(online, self._selection)
-        holder: nn.Module | Slots
-        if ema_model is not None:
-            holder = unwrap(ema_model)
-        else:
-            non_persistent = handle_buffers == "update"
-            holder = empty_slots(online, self._left_out, non_persistent=non_persistent)
-        self._state = EMAState(holder, precision=precision, seed=seed, guarded=nonfinite == "skip")
+        self._state = EMAState(
+            None if ema_model is None else unwrap(ema_model),
+            handle_buffers=handle_buffers,
+            selection=selection,
+            left_out=() if as_module else left_out(online, selection),
+            precision=precision,
+            seed=seed,
+            guarded=nonfinite == "skip",
+        )
         if ema_model is None:
-            self._build(online, ema_dtype, as_module=as_module and not are_sharded(online))
+            as_module = as_module and not are_sharded(online)
+            self._state.build(self.model, online, ema_dtype, as_module=as_module)
         self._make_plan(online, ema_dtype)
         if self._state.module is not None:
             self._state.module.requires_grad_(False)
@@ -597,30 +593,6 @@ class ModelEMA:
         assert self.schedule is not None
         self.update(momentum_from(self.schedule, self.update_index + 1))
 
-    def _build(self, online: Slots, ema_dtype: torch.dtype | None, *, as_module: bool) -> None:
-        """Copy the online tensors into the state, and the module around them."""
-        # Tensors made in inference mode could never be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._state.lay_out(self._pairs(online, ema_dtype, new=True), ema_dtype)
-            if as_module:
-                held = self._state.slots().items()
-                tensors = {online[name].whole(): slot.whole() for name, slot in held}
-                self._state.move_into(copy_model(self.model, tensors))
-
-    def _pairs(
-        self, online: Slots, ema_dtype: torch.dtype | None = None, *, new: bool = False
-    ) -> Pairs:
-        return pair_models(
-            online,
-            self._state.slots(),
-            self.handle_buffers,
-            selection=self._selection,
-            left_out=self._left_out,
-            ema_dtype=ema_dtype,
-            owned=self._state.owns(),
-            new=new,
-        )
-
     def _last_plan(self) -> Plan:
         """The last plan, stale or not; the first one of a copy."""
         return self._plan if self._plan.reason else self._make_plan(slots_of(self.model))
@@ -654,8 +626,7 @@ class ModelEMA:
         _synchronize(devices)  # updates on other streams may still be writing the EMA
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            pairs = self._pairs(online, ema_dtype)
-            self._state.lay_out(pairs, ema_dtype)
+            pairs = self._state.lay_out(online, ema_dtype)
             plan = make_plan(self._state, pairs, self.model)
             _synchronize(devices)  # with the last plan, memory is freed that is being copied
             choose(self._requested_backend, plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def pair_models(
     handle_buffers: str,
     *,
     selection: Selection,
-    left_out: Iterable[str] = (),
+    left_out: Container[str] = (),
     ema_dtype: torch.dtype | None = None,
     owned: Iterable[int] = (),
     new: bool = False,
@@ -85,7 +85,9 @@ def pair_models(
         TypeError: A tensor is of a kind that cannot be averaged.
         NotImplementedError: A tensor keeps its data in other tensors.
     """
-    online_names = {name for name in online.keys() - left_out if online[name].whole() is not None}
+    online_names = {
+        name for name in online if name not in left_out and online[name].whole() is not None
+    }
     ema_names = {name for name in ema if ema[name].whole() is not None}
     if new:
         ema_names = online_names & ema.keys()

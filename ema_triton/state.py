@@ -7,7 +7,7 @@ take the tensors for shared ones, and pickle writes each tensor and no buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slots, slots_of
+from ema_triton.modules import Slots, copy_model, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
-from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key
+from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key, pair_models
 from ema_triton.schedules import Schedule
+from ema_triton.selection import Selection
 
 # Elements in a chunk, the work of one Triton program.
 CHUNK = 8192
@@ -100,7 +101,10 @@ class EMAState:
     """The averages by name, and what belongs to them.
 
     Args:
-        holder: The EMA model; or without one, the slots of tensors that belong to the state alone.
+        module: The EMA model; None: there is none yet, `build` makes it, or does without.
+        handle_buffers: "copy", "update" or "ema_train".
+        selection: Which tensors are averaged with which factor of the momentum.
+        left_out: Names of parameters that are not held.
         precision: How bf16 and fp16 tensors are averaged: "exact", "stochastic" or "nearest".
         seed: Of stochastic rounding.
         guarded: Whether non-finite values are skipped, and counted.
@@ -115,14 +119,19 @@ class EMAState:
     """
 
     def __init__(
-        self, holder: nn.Module | Slots, *, precision: str, seed: int, guarded: bool
+        self,
+        module: nn.Module | None,
+        *,
+        handle_buffers: str = "copy",
+        selection: Selection = Selection(),  # noqa: B008
+        left_out: Container[str] = (),
+        precision: str,
+        seed: int,
+        guarded: bool,
     ) -> None:
-        self.module: nn.Module | None = None
-        self._own_slots: Slots | None = None
-        if isinstance(holder, nn.Module):
-            self.module = holder
-        else:
-            self._own_slots = holder
+        self.module = module
+        self._own_slots: Slots = {}  # without a module
+        self._handle_buffers, self._selection, self._left_out = handle_buffers, selection, left_out
         self.precision, self.guarded, self.seed = precision, guarded, seed
         self.update_index = 0
         self.schedule: Schedule | None = None
@@ -135,14 +144,21 @@ class EMAState:
 
     def slots(self) -> Slots:
         """Where the EMA's tensors live, now."""
-        if self._own_slots is not None:
-            return self._own_slots
-        assert self.module is not None
-        return slots_of(self.module)
+        return self._own_slots if self.module is None else slots_of(self.module)
 
-    def move_into(self, module: nn.Module) -> None:
-        """Have a module hold the tensors, which are in it already."""
-        self.module, self._own_slots = module, None
+    def build(
+        self, model: nn.Module, online: Slots, ema_dtype: torch.dtype | None, *, as_module: bool
+    ) -> None:
+        """Copy the tensors of the online model, and if asked for the module around them."""
+        # Tensors made in inference mode could never be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            averages_all = self._handle_buffers == "update"
+            self._own_slots = empty_slots(online, self._left_out, non_persistent=averages_all)
+            self.lay_out(online, ema_dtype, new=True)
+            if as_module:
+                own = self._own_slots.items()
+                tensors = {online[name].whole(): slot.whole() for name, slot in own}
+                self.module, self._own_slots = copy_model(model, tensors), {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The EMA's parameters and persistent buffers by clean name, without autograd.
@@ -166,10 +182,6 @@ class EMAState:
         ):
             return None  # the tensor was cast, or replaced by one of another dtype
         return residual
-
-    def owns(self) -> set[int]:
-        """Ids of the copied EMA tensors that the state made, and so may write."""
-        return {id(tensor) for tensor in self._copied}
 
     @property
     def stochastic_updates(self) -> int:
@@ -202,19 +214,35 @@ class EMAState:
                         counts[name] += int(of_chunks.sum())
         return counts
 
-    def lay_out(self, pairs: Pairs, ema_dtype: torch.dtype | None = None) -> None:
-        """Move the EMA tensors to the online tensors' devices, the averaged ones into buckets.
+    def lay_out(
+        self, online: Slots, ema_dtype: torch.dtype | None = None, *, new: bool = False
+    ) -> Pairs:
+        """Pair the EMA with the online model, and move its tensors to the online tensors' devices.
 
-        A bucket stays if its tensors are all where they were. Nothing changes before the last
-        check.
+        The averaged ones are moved into buckets; a bucket stays if its tensors are all where they
+        were. Nothing changes before the last check.
 
         Args:
-            pairs: All pairs of the online model and this state.
+            online: The online model's slots.
             ema_dtype: Cast the real floating EMA tensors to it; None leaves their dtypes.
+            new: Whether the EMA has no tensors yet.
 
         Raises:
-            ValueError: A given sharded EMA model does not lie as the online one does.
+            ValueError: Names or shapes disagree, a tensor has no memory of its own, or a given
+                sharded EMA model does not lie as the online one does.
+            TypeError: A tensor is of a kind that cannot be averaged.
+            NotImplementedError: A tensor keeps its data in other tensors.
         """
+        pairs = pair_models(
+            online,
+            self.slots(),
+            self._handle_buffers,
+            selection=self._selection,
+            left_out=self._left_out,
+            ema_dtype=ema_dtype,
+            owned={id(tensor) for tensor in self._copied},
+            new=new,
+        )
         if not self._order:
             # Tensors of one momentum are neighbours, small ones first: the foreach backend gathers
             # them. Dtypes do not matter, so that a cast changes no random number.
@@ -263,6 +291,7 @@ class EMAState:
             for pair in pairs.averaged
             if pair.scale is not None
         }
+        return pairs
 
     def _kind(self, pair: Pair, ema_dtype: torch.dtype | None) -> Kind:
         is_complex = pair.ema.is_complex()

@@ -155,7 +155,13 @@ def test_a_new_plan_waits_for_the_device_before_it_reads_the_ema_and_before_it_f
     gpu = torch.device("cuda", 0)
     bucket = only_launch(ema).bucket
     buckets = [dataclasses.replace(bucket, kind=bucket.kind._replace(device=gpu))]
-    monkeypatch.setattr(ema._state, "lay_out", lambda *args: steps.append("lay out"))
+    right = ema._state.lay_out
+
+    def laid_out(*args: object) -> object:
+        steps.append("lay out")
+        return right(*args)
+
+    monkeypatch.setattr(ema._state, "lay_out", laid_out)
     ema._state.buckets = buckets
     steps.clear()
     ema._make_plan(slots_of(ema.model))
