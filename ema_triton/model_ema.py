@@ -570,7 +570,7 @@ class ModelEMA:
         """A plan that is not stale, and the online tensors that it copies; none is swapped."""
         self._refuse_inside_swap(what)
         plan, online = self._current_plan()
-        if any(swap.has_tensors_of(plan) for swap in open_swaps):
+        if open_swaps and any(swap.has_tensors_of(plan) for swap in open_swaps):
             raise RuntimeError(
                 f"{what} while another EMA of this online model is swapped: the online model holds "
                 "that EMA's weights. Leave the context of its swapped() first. Nothing was changed."
