@@ -33,7 +33,7 @@ class Distance(NamedTuple):
 
 
 def measure(pairs: list[Pair], launches: list[Launch]) -> Distance:
-    """Measure the averaged tensors; waits for the device once per launch.
+    """Measure the averaged tensors; waits for each device once.
 
     Args:
         pairs: All averaged pairs of a plan that is not stale. The squares of sharded tensors are
@@ -49,12 +49,15 @@ def measure(pairs: list[Pair], launches: list[Launch]) -> Distance:
     }
     # Squares of ‖ema - online‖₂ and ‖online‖₂, first of this rank's parts, then of whole tensors.
     parts = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in wholes}
+    by_device: dict[torch.device, list[Launch]] = {}
     for launch in launches:
         if launch.scale is not None:
-            names, *norms = zip(*_norms(launch), strict=True)
-            squares = torch.stack([*norms[0], *norms[1]]).view(2, -1).cpu().square()
-            for name, square in zip(names, squares.unbind(1), strict=True):
-                parts[name] += square
+            by_device.setdefault(launch.kind.device, []).append(launch)
+    for on_device in by_device.values():
+        names, *norms = zip(*(row for launch in on_device for row in _norms(launch)), strict=True)
+        squares = torch.stack([*norms[0], *norms[1]]).view(2, -1).cpu().square()
+        for name, square in zip(names, squares.unbind(1), strict=True):
+            parts[name] += square
     by_sharding: dict[Hashable, list[str]] = {}
     for name, whole in wholes.items():
         by_sharding.setdefault(dtensor.sharding(whole), []).append(name)
