@@ -24,7 +24,9 @@ from ema_triton.schedules import Schedule
 from ema_triton.selection import Selection
 
 # Elements in a chunk, the work of one Triton program.
-CHUNK = 8192
+# On an H200, 4096 are 1 to 5 % faster than 8192 for every dtype and every model from ResNet-50 to
+# 7 B parameters, and 16384 are 1 to 6 % slower.
+CHUNK = 4096
 
 # Elements that are converted at a time, through 4 MiB for each fp32 tensor. An update of 25 M bf16
 # into fp32 on a CPU takes 5.5 ms; with a quarter of it 8.1 ms, with four times 5.9 ms.

@@ -13,7 +13,7 @@ from ema_triton import ModelEMA
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Empty, single, ragged, whole vectors, whole chunks, one element more.
-LENGTHS = (0, 1, 5, 8, 24, 101, 8191, 8192, 8193, 16392)
+LENGTHS = (0, 1, 5, 8, 24, 101, 4095, 4096, 4097, 8191, 8192, 8193, 16392)
 
 
 def model_of(dtype: torch.dtype, device: str) -> nn.ParameterList:

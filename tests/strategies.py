@@ -29,7 +29,9 @@ MOMENTA = st.one_of(
 # Lengths around what the kernel treats apart: nothing, a vector, a block, a chunk.
 _LENGTHS = st.one_of(
     st.integers(0, 40),
-    st.sampled_from([511, 512, 513, 2047, 2048, 2056, 8184, 8191, 8192, 8193, 8200, 16385]),
+    st.sampled_from(
+        [511, 512, 513, 2047, 2048, 2056, 4095, 4096, 4097, 8184, 8191, 8192, 8193, 8200, 16385]
+    ),
 )
 
 

@@ -21,7 +21,7 @@ MIB = 1 << 20
 # What may come on top, however large the model is: four times 1M elements of fp32; the largest
 # tensor has 16M. The first update makes a scratch of up to eight.
 BUILDING, UPDATING = 16 * MIB, 32 * MIB
-# And stay: 40 bytes per chunk of 8192 elements and 16 per tensor are less than a quarter of it.
+# And stay: 40 bytes per chunk of 4096 elements and 16 per tensor are less than a quarter of it.
 KEPT = MIB
 
 LARGE, SMALL = 4096 * 4096, 2048 * 4096

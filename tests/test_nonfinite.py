@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ema_triton import ModelEMA
 from ema_triton.ops import foreach_backend
 from ema_triton.ops.precision import PRECISIONS
+from ema_triton.state import CHUNK
 from tests.plain import as_real
 from tests.states import accumulated
 from tests.strategies import FLOATS, REFERENCE_DTYPES, Layout, parameters
@@ -241,7 +242,7 @@ class Tied(nn.Module):
         self.body = nn.Linear(3, 3, bias=False)
         self.body.weight = self.head.weight
         self.nothing = nn.Parameter(torch.empty(0))
-        self.large = nn.Parameter(torch.zeros(3 * 8192))  # three chunks
+        self.large = nn.Parameter(torch.zeros(3 * CHUNK))  # three chunks
         self.register_buffer("copied", torch.full((2,), NAN))
         self.register_buffer("counted", torch.tensor(0))
 

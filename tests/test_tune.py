@@ -111,7 +111,7 @@ def test_the_tables_are_printed_and_written(
     assert written == capsys.readouterr().out
     for case in given.cases.split(","):
         assert f"\nsmall {case}\n" in written
-    assert written.count("of the copy  chunk  8192 block 2048 warps 4") == 2
+    assert written.count("of the copy  chunk  4096 block 2048 warps 4") == 2
     assert written.count("<- ships") == 2
 
 
