@@ -59,7 +59,7 @@ def measured(model: Model, device: torch.device, calls: int) -> dict[str, float]
     online = make_module(model, torch.float32, device)
     ema = ModelEMA(online)
     ema.update(MOMENTUM)
-    plan = ema._plan
+    plan = ema._planner.plan
 
     def copies() -> None:
         plan.copies.write(plan.copies.read() or [])

@@ -188,7 +188,7 @@ def measured(online: nn.Module, case: Case, stopwatch: Stopwatch, piece: int) ->
     `piece` is how many elements are compared at a time.
     """
     ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
-    (one,) = ema._plan.launches
+    (one,) = ema._planner.plan.launches
     prepared = prepare(one, variants(case))
     check(one, [*prepared.values()], piece)
     updates: dict[str, Callable[[], object]] = {

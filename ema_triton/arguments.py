@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ema_triton.modules import unwrap
-from ema_triton.ops.precision import PRECISIONS
+from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE
+from ema_triton.plan import Launch
 
 BACKENDS = ("auto", "triton", "foreach")
 
@@ -121,3 +122,29 @@ def check_momentum(momentum: object) -> float | Tensor:
             "outside [0, 1] the EMA diverges. Give a value in [0, 1]."
         )
     return value
+
+
+def check_momentum_fits(momentum: float | Tensor, launches: Iterable[Launch]) -> str | None:
+    """A remark if most of an update with this momentum would round away; else None.
+
+    Raises:
+        ValueError: It is a tensor on another device than a launch.
+    """
+    for launch in launches:
+        dtype = launch.kind.dtype
+        if isinstance(momentum, Tensor):
+            if momentum.device != launch.kind.device:
+                raise ValueError(
+                    f"The momentum is a tensor on {momentum.device}, but '{launch.names[0]}' is on "
+                    f"{launch.kind.device}, where using it would wait for the device. Give a "
+                    "float, or a tensor on the model's only device."
+                )
+        elif launch.kind.precision == "nearest" and dtype in RESIDUAL_DTYPE and launch.scale:
+            effective, resolution = launch.effective_momentum(momentum), torch.finfo(dtype).eps
+            if 0 < effective < resolution:
+                return (
+                    f"momentum {effective:g} is below the resolution of {dtype} ({resolution:g}): "
+                    "most updates of the EMA round away, and it stands still. precision='exact', "
+                    "the default, keeps what precision='nearest' rounds away."
+                )
+    return None

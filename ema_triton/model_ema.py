@@ -6,11 +6,10 @@ It knows no training loop. It receives a momentum, or follows an optimizer and a
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,35 +19,30 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from ema_triton import distance
-from ema_triton.arguments import check_choices, check_holder, check_momentum
-from ema_triton.backend import choose
+from ema_triton.arguments import check_choices, check_holder, check_momentum, check_momentum_fits
 from ema_triton.checkpoint import interop
 from ema_triton.checkpoint.state_dict import SavedState, build, load, read_weights, scatter_state
 from ema_triton.distance import Distance
-from ema_triton.distributed import collectives, dtensor
+from ema_triton.distributed import collectives
 from ema_triton.interrupts import DeferSigint, SwapContext
 from ema_triton.modules import (
-    Slots,
     are_sharded,
     check_model,
     slots_of,
     unwrap,
 )
 from ema_triton.ops import foreach_backend
-from ema_triton.ops.precision import RESIDUAL_DTYPE
 from ema_triton.pairing import (
     check_selection,
     check_tensors,
     left_out,
-    own_copy,
 )
-from ema_triton.plan import Plan, make_plan
+from ema_triton.plan import Plan
+from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule, momentum_from
 from ema_triton.selection import Selection
 from ema_triton.state import EMAState
 from ema_triton.swap import Swap, open_swaps
-
-logger = logging.getLogger("ema_triton")
 
 
 class ModelEMA:
@@ -150,13 +144,10 @@ class ModelEMA:
         self.handle_buffers = handle_buffers
         self.precision = precision
         self.nonfinite = nonfinite
-        self._requested_backend = backend
         selection = Selection.of(include, exclude, momentum_scale)
         self._following: RemovableHandle | None = None
         self._swap: Swap | None = None
         self._lock = threading.RLock()
-        self._plan = Plan.unknown()
-        self._captured: list[Plan] = []
         self._warned = False
         if ema_model is not None:
             check_model(ema_model)
@@ -176,7 +167,8 @@ class ModelEMA:
         if ema_model is None:
             as_module = as_module and not are_sharded(online)
             self._state.build(self.model, online, ema_dtype, as_module=as_module)
-        self._make_plan(online, ema_dtype)
+        self._planner = Planner(self.model, self._state, backend)
+        self._planner.make(online, ema_dtype)
         if self._state.module is not None:
             self._state.module.requires_grad_(False)
             self._state.module.train(handle_buffers == "ema_train")
@@ -211,12 +203,12 @@ class ModelEMA:
     @property
     def backend(self) -> str:
         """What runs: "triton" or "foreach"."""
-        return self._last_plan().backend
+        return self._planner.latest().backend
 
     @property
     def backend_reason(self) -> str:
         """Why that backend was chosen, and what the foreach backend does instead."""
-        return self._last_plan().reason
+        return self._planner.latest().reason
 
     # A compiled training step calls this as it is: traced, every address would become a guard.
     # torch.compiler.disable does the same, but its import costs a second at start-up.
@@ -238,11 +230,15 @@ class ModelEMA:
         momentum = check_momentum(momentum)
         with self._lock, torch.no_grad():
             plan, online = self._plan_outside_swap("update()")
-            self._check_momentum_fits(momentum, plan)
+            if not self._warned or isinstance(momentum, Tensor):
+                remark = check_momentum_fits(momentum, plan.launches)
+                if remark is not None:
+                    self._warned = True
+                    warnings.warn(remark, stacklevel=4)  # past the two frames of _disable_dynamo
             plan.copies.write(online)
             plan.update(momentum)
             if plan.on_cuda and torch.cuda.is_current_stream_capturing():
-                self._captured.append(plan)  # the graph goes on reading its chunk tables
+                self._planner.captured.append(plan)  # the graph goes on reading its chunk tables
             self._state.update_index += 1
 
     @_disable_dynamo
@@ -257,7 +253,7 @@ class ModelEMA:
         """
         with self._lock, DeferSigint(), torch.no_grad():
             plan, online = self._plan_outside_swap("sync()")
-            _copy_online(plan, online)
+            foreach_backend.sync(plan, online)
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
         """A context in which the online model has the EMA's weights and buffers, to be evaluated.
@@ -443,7 +439,7 @@ class ModelEMA:
                 which all have to call this, get an empty dict.
         """
         with self._lock, torch.no_grad():
-            self._reshard_ema()
+            self._planner.reshard()
             weights = self._state.tensors()
             shown = weights if self._swap is None else self._swap.ema_weights(weights)
             return build(self._state, shown, clone=clone, full_state_dict=full_state_dict)
@@ -472,7 +468,7 @@ class ModelEMA:
         if full_state_dict:
             with self._lock, torch.no_grad():
                 self._refuse_inside_swap(what)
-                self._reshard_ema()
+                self._planner.reshard()
                 self._load(scatter_state(state, self._state), what)
         else:
             self._load(SavedState.parse(state), what)
@@ -530,10 +526,10 @@ class ModelEMA:
         """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
             self._refuse_inside_swap(what)
-            self._current_plan()  # replaced tensors are in the state's buckets again
+            self._planner.current()  # replaced tensors are in the state's buckets again
             with DeferSigint():
                 lost = [*load(found, self._state), *remarks]
-                self._plan.wrote()
+                self._planner.plan.wrote()
                 said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
                 if found.schedule is not None:
                     if self.schedule not in (None, found.schedule):
@@ -546,12 +542,11 @@ class ModelEMA:
             warnings.warn(remark, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the plan: its addresses mean nothing to a copy or to another process."""
+        """Without what follows an optimizer, which a copy does not."""
         with self._lock:
             self._refuse_inside_swap("copying or pickling the EMA")
-            state = self.__dict__.copy()
-            for name in ("_lock", "_plan", "_captured", "_following"):
-                del state[name]
+            state = {**self.__dict__, "_following": None}
+            del state["_lock"]
             return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
@@ -562,14 +557,12 @@ class ModelEMA:
             return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(
-            state, _lock=threading.RLock(), _plan=Plan.unknown(), _captured=[], _following=None
-        )
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def _plan_outside_swap(self, what: str) -> tuple[Plan, list[Tensor]]:
         """A plan that is not stale, and the online tensors that it copies; none is swapped."""
         self._refuse_inside_swap(what)
-        plan, online = self._current_plan()
+        plan, online = self._planner.current()
         if open_swaps and any(swap.has_tensors_of(plan) for swap in open_swaps):
             raise RuntimeError(
                 f"{what} while another EMA of this online model is swapped: the online model holds "
@@ -592,90 +585,3 @@ class ModelEMA:
             return
         assert self.schedule is not None
         self.update(momentum_from(self.schedule, self.update_index + 1))
-
-    def _last_plan(self) -> Plan:
-        """The last plan, stale or not; the first one of a copy."""
-        return self._plan if self._plan.reason else self._make_plan(slots_of(self.model))
-
-    def _current_plan(self) -> tuple[Plan, list[Tensor]]:
-        """A plan that is not stale, and the online tensors that it copies."""
-        online = self._plan.online_copies()
-        if online is None:
-            # Perhaps a forward has only gathered the shards.
-            dtensor.reshard_fsdp2(self.model)
-            self._reshard_ema()
-            online = self._plan.online_copies()
-        if online is None:
-            online = self._make_plan(slots_of(self.model)).online_copies()
-        assert online is not None  # just planned
-        return self._plan, online
-
-    def _reshard_ema(self) -> None:
-        if self._state.module is not None:
-            dtensor.reshard_fsdp2(self._state.module)
-
-    def _make_plan(self, online: Slots, ema_dtype: torch.dtype | None = None) -> Plan:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "A CUDA graph is being captured, and the EMA is not ready for it: it is new, or a "
-                "tensor of the online or the EMA model moved since the last update, and the graph "
-                "would keep old addresses. Call update() once after the last change of the models, "
-                "then capture."
-            )
-        devices = {bucket.kind.device for bucket in self._state.buckets}
-        _synchronize(devices)  # updates on other streams may still be writing the EMA
-        # Tensors made in inference mode could never be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            pairs = self._state.lay_out(online, ema_dtype)
-            plan = make_plan(self._state, pairs, self.model)
-            _synchronize(devices)  # with the last plan, memory is freed that is being copied
-            choose(self._requested_backend, plan)
-        if plan.reason != self._plan.reason:
-            logger.info("EMA backend: %s (%s)", plan.backend, plan.reason)
-        self._plan = plan
-        return plan
-
-    def _check_momentum_fits(self, momentum: float | Tensor, plan: Plan) -> None:
-        for launch in plan.launches:
-            if isinstance(momentum, Tensor):
-                if momentum.device != launch.kind.device:
-                    raise ValueError(
-                        f"The momentum is a tensor on {momentum.device}, but '{launch.names[0]}' "
-                        f"is on {launch.kind.device}, where using it would wait for the device. "
-                        "Give a float, or a tensor on the model's only device."
-                    )
-            elif (
-                not self._warned
-                and self.precision == "nearest"
-                and launch.kind.dtype in RESIDUAL_DTYPE
-            ):
-                resolution = torch.finfo(launch.kind.dtype).eps
-                effective = launch.effective_momentum(momentum)
-                if launch.scale is not None and 0 < effective < resolution:
-                    self._warned = True
-                    warnings.warn(
-                        f"momentum {effective:g} is below the resolution of {launch.kind.dtype} "
-                        f"({resolution:g}): most updates of the EMA round away, and it stands "
-                        "still. precision='exact', the default, keeps what precision='nearest' "
-                        "rounds away.",
-                        stacklevel=5,  # past the two frames of _disable_dynamo
-                    )
-
-
-def _synchronize(devices: Iterable[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
-def _copy_online(plan: Plan, online: list[Tensor]) -> None:
-    """Copy all online tensors into the EMA, those that a plan copies at each update given."""
-    plan.copies.write(online)
-    for launch in plan.launches:
-        foreach_backend.copy(launch)
-    for pair in plan.sync_only:
-        current = pair.online_slots[0].read()
-        if current is not None:
-            for slot in pair.ema_slots:
-                slot.write(own_copy(current, pair.ema.dtype))
-    plan.wrote()

@@ -14,7 +14,7 @@ def ema_of(model: nn.Module, twin: nn.Module, precision: str = "nearest", **opti
 
 
 def plan_of(model: nn.Module, twin: nn.Module, precision: str = "nearest", **options) -> Plan:
-    return ema_of(model, twin, precision, **options)._plan
+    return ema_of(model, twin, precision, **options)._planner.plan
 
 
 def run(backend: ModuleType, plan: Plan, momentum: float | Tensor) -> None:

@@ -73,7 +73,7 @@ def control(device: str) -> None:
     """An update that must be complained of."""
     model = nn.ParameterList([nn.Parameter(torch.ones(64, device=device))])
     ema = ModelEMA(model, backend="triton")
-    ema._plan.launches[0].chunk_table[0, 2] += 16
+    ema._planner.plan.launches[0].chunk_table[0, 2] += 16
     ema.update(0.5)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from ema_triton import model_ema
+from ema_triton import planner
 
 # What reading one of these from torch.cuda means.
 CUDA_ONLY = {
@@ -104,7 +104,7 @@ def _standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.profiler, "profile", skipping("CUDA's profiler"))
     monkeypatch.setattr(torch, "Generator", CpuGenerator)
-    choose, init = model_ema.choose, dist.init_process_group
+    choose, init = planner.choose, dist.init_process_group
 
     def choose_triton(requested: str, plan: Any) -> Any:
         return choose("triton" if requested == "auto" else requested, plan)
@@ -112,7 +112,7 @@ def _standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def init_gloo(backend: str, *, device_id: object = None, **options: Any) -> None:
         init(backend.replace("nccl", "gloo"), **options)
 
-    monkeypatch.setattr(model_ema, "choose", choose_triton)
+    monkeypatch.setattr(planner, "choose", choose_triton)
     monkeypatch.setattr(dist, "init_process_group", init_gloo)
     with CpuForCuda():
         yield

@@ -162,11 +162,11 @@ def test_a_persistent_buffer_filled_later_is_copied_from_then_on() -> None:
 def test_unchanged_copies_need_no_new_plan() -> None:
     model = nn.BatchNorm1d(2)
     ema = ModelEMA(model)
-    plan = ema._plan
+    plan = ema._planner.plan
     model.num_batches_tracked += 1
     model.running_mean = torch.ones(2)
     ema.update(0.5)
-    assert ema._plan is plan
+    assert ema._planner.plan is plan
     assert ema.ema_model.running_mean.eq(1.0).all()
 
 

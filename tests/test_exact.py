@@ -142,7 +142,7 @@ def test_a_backend_that_cannot_be_found_loses_nothing(monkeypatch: pytest.Monkey
     model = nn.Linear(4, 4, dtype=torch.bfloat16)
     ema, wide = averaged(model)
     with monkeypatch.context() as broken:
-        broken.setattr("ema_triton.model_ema.choose", lambda *_: 1 / 0)
+        broken.setattr("ema_triton.planner.choose", lambda *_: 1 / 0)
         model.weight.data = model.weight.data.clone().t().contiguous().t()
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):

@@ -101,6 +101,7 @@ def test_imports_go_down_the_floors() -> None:
         {"plan", "checkpoint.state_dict"},
         {"ops.foreach_backend", "ops.triton_backend", "swap"},
         {"arguments", "backend", "distance"},
+        {"planner"},
         {"model_ema"},
         {"handler"},
     ]

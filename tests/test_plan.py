@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema_triton import ModelEMA, model_ema
+from ema_triton import ModelEMA, planner
 from ema_triton.modules import slots_of
 from ema_triton.ops.precision import join_residual
 from ema_triton.plan import Launch, Plan, make_plan
@@ -21,7 +21,7 @@ def model() -> nn.Sequential:
 
 
 def only_launch(ema: ModelEMA) -> Launch:
-    (launch,) = ema._plan.launches
+    (launch,) = ema._planner.plan.launches
     return launch
 
 
@@ -114,7 +114,7 @@ def test_chunk_offsets_beyond_int32_do_not_wrap() -> None:
 def test_tensors_with_gaps_get_a_launch_of_their_own() -> None:
     online = nn.ParameterList([torch.zeros(4), torch.zeros(4)])
     online[1].data = torch.arange(8.0)[::2]
-    plan = ModelEMA(online)._plan
+    plan = ModelEMA(online)._planner.plan
     assert {tuple(one.names): one.dense for one in plan.launches} == {("0",): True, ("1",): False}
 
 
@@ -132,7 +132,7 @@ def test_ema_tensors_that_share_a_version_keep_their_digits() -> None:
         model[0].weight.data.add_(torch.randn(4, 4))
         for average in (ema, wide):
             average.update(0.01)
-        plans.add(ema._plan)
+        plans.add(ema._planner.plan)
     assert len(plans) == 1
     for name, residual in ema._state.residuals.items():
         value = join_residual(ema.state_dict()["weights"][name], residual)
@@ -148,9 +148,9 @@ def test_a_new_plan_waits_for_the_device_before_it_reads_the_ema_and_before_it_f
         steps.append("plan")
         return make_plan(*args, **kwargs)
 
-    monkeypatch.setattr(model_ema, "make_plan", planned)
+    monkeypatch.setattr(planner, "make_plan", planned)
     monkeypatch.setattr(torch.cuda, "synchronize", steps.append)
-    ema._make_plan(slots_of(ema.model))
+    ema._planner.make(slots_of(ema.model))
     assert steps == ["plan"]  # on a CPU there is nothing to wait for
     gpu = torch.device("cuda", 0)
     bucket = only_launch(ema).bucket
@@ -164,5 +164,5 @@ def test_a_new_plan_waits_for_the_device_before_it_reads_the_ema_and_before_it_f
     monkeypatch.setattr(ema._state, "lay_out", laid_out)
     ema._state.buckets = buckets
     steps.clear()
-    ema._make_plan(slots_of(ema.model))
+    ema._planner.make(slots_of(ema.model))
     assert steps == [gpu, "lay out", "plan", gpu]

@@ -336,7 +336,7 @@ def test_a_factor_does_not_round_a_momentum_of_few_digits() -> None:
     model = nn.Linear(2, 2)
     ema = ModelEMA(model, momentum_scale={"*": 0.1})
     ema.update(0.5)
-    (launch,) = ema._plan.launches
+    (launch,) = ema._planner.plan.launches
     momentum = torch.tensor(0.3, dtype=torch.bfloat16)
     effective = launch.effective_momentum(momentum)
     assert effective.dtype == torch.float32

@@ -51,13 +51,13 @@ def test_what_moves_is_noticed_and_followed(
 ) -> None:
     online = model()
     ema = ModelEMA(online)
-    assert not ema._plan.staleness.is_stale()
+    assert not ema._planner.plan.staleness.is_stale()
     change(online if side == "online" else ema.ema_model)
-    assert ema._plan.staleness.is_stale()
+    assert ema._planner.plan.staleness.is_stale()
     before = [p.double() for p in ema.ema_model.parameters()]
     dtypes = [p.dtype for p in ema.ema_model.parameters()]
     ema.update(0.25)
-    assert not ema._plan.staleness.is_stale()
+    assert not ema._planner.plan.staleness.is_stale()
     for old, ours, theirs, dtype in zip(
         before, ema.ema_model.parameters(), online.parameters(), dtypes, strict=True
     ):
@@ -78,11 +78,11 @@ def test_a_transposed_view_at_the_same_address_is_followed() -> None:
 def test_in_place_writes_are_not_moves() -> None:
     online = model()
     ema = ModelEMA(online)
-    plan = ema._plan
+    plan = ema._planner.plan
     for m in (online, ema.ema_model):
         m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()})
     ema.update(0.5)
-    assert ema._plan is plan
+    assert ema._planner.plan is plan
 
 
 def test_a_stale_plan_keeps_the_buffers_that_are_still_in_place() -> None:

@@ -49,7 +49,7 @@ def _candidates(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) ->
 def launch_of(case: Case, device: torch.device) -> Launch:
     online = make_module(RAGGED, case.online_dtype, device)
     ema = ModelEMA(online, backend="triton", ema_dtype=case.ema_dtype, precision=case.precision)
-    (one,) = ema._plan.launches
+    (one,) = ema._planner.plan.launches
     return one
 
 
@@ -204,7 +204,7 @@ def test_pieces_are_compared_where_whole_copies_do_not_fit(
     """With what stands in for the kernel: it is called with the rows of each piece, once."""
     online = make_module(LONG, torch.float32, torch.device("cpu"))
     ema = ModelEMA(online, backend="foreach")
-    (one,) = ema._plan.launches
+    (one,) = ema._planner.plan.launches
     rows = []
 
     def launch(changed: Launch, momentum: float, chunks: int) -> None:

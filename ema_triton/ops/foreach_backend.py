@@ -24,7 +24,8 @@ from ema_triton.ops.precision import (
     pieces,
     split_residual,
 )
-from ema_triton.plan import Launch
+from ema_triton.pairing import own_copy
+from ema_triton.plan import Launch, Plan
 from ema_triton.state import ALIGNMENT, CHUNK, SCRATCH
 
 # On a CPU, tensors up to SMALL elements are gathered before they are averaged, since a dispatch for
@@ -70,6 +71,19 @@ def copy(launch: Launch) -> None:
         torch._foreach_copy_(launch.targets, launch.sources)
     else:
         _update_in_steps(launch, 1.0, guarded=False)
+
+
+def sync(plan: Plan, online: list[Tensor]) -> None:
+    """Copy all online tensors into the EMA; `online` are those that `plan.copies` has read."""
+    plan.copies.write(online)
+    for launch in plan.launches:
+        copy(launch)
+    for pair in plan.sync_only:
+        current = pair.online_slots[0].read()
+        if current is not None:
+            for slot in pair.ema_slots:
+                slot.write(own_copy(current, pair.ema.dtype))
+    plan.wrote()
 
 
 def exchange(launch: Launch) -> None:

@@ -94,9 +94,9 @@ def test_an_update_needs_no_variant_that_preparing_did_not_compile(
     prepared = launches.variants()
     tensor = torch.tensor(0.5, device=kernel_device)
     for momentum in (0.1, 0.0, 1.0, tensor):
-        run(triton_backend, ema._plan, momentum)
+        run(triton_backend, ema._planner.plan, momentum)
     assert launches.variants() == prepared
-    run(triton_backend, ema._plan, tensor.double())  # the control
+    run(triton_backend, ema._planner.plan, tensor.double())  # the control
     assert launches.variants() > prepared
 
 

@@ -23,18 +23,18 @@ MIXED = (torch.float16, torch.float32, "nearest")
 @pytest.mark.parametrize("case", [FP32, EXACT, MIXED], ids=str)
 def test_a_chunk_that_is_too_long(case: tuple) -> None:
     ema, _ = emas(case, False, [layout(64), layout(16)])
-    (one,) = ema._plan.launches
+    (one,) = ema._planner.plan.launches
     one.chunk_table[-1, 2] += 2 * 8
     with (
         compiled_for(90),
         pytest.raises(ProgramError, match=r"after '.* 0', in: @%p\d+ (ld|st)\.global"),
     ):
-        run(triton_backend, ema._plan, 0.5)
+        run(triton_backend, ema._planner.plan, 0.5)
 
 
 def test_a_chunk_that_is_too_long_in_a_swap() -> None:
     ema, _ = emas(FP32, False, [layout(64), layout(16)])
-    (one,) = ema._plan.launches
+    (one,) = ema._planner.plan.launches
     one.chunk_table[-1, 2] += 2 * 8
     with (
         compiled_for(90),
@@ -46,10 +46,10 @@ def test_a_chunk_that_is_too_long_in_a_swap() -> None:
 @pytest.mark.parametrize("case", [FP32, EXACT, MIXED], ids=str)
 def test_a_misaligned_address_that_is_called_aligned(case: tuple) -> None:
     ema, _ = emas(case, False, [layout(64, offset=1)])
-    (one,) = ema._plan.launches
+    (one,) = ema._planner.plan.launches
     one.chunk_table[:, 2] |= 1
     with compiled_for(90), pytest.raises(ProgramError, match="past a multiple of it, in: @%p"):
-        run(triton_backend, ema._plan, 0.5)
+        run(triton_backend, ema._planner.plan, 0.5)
 
 
 def ptx_of(case: tuple, arch: int) -> str:
@@ -61,7 +61,7 @@ def ptx_of(case: tuple, arch: int) -> str:
         return ptx
 
     with compiled_for(arch, note):
-        run(triton_backend, emas(case, False, [layout(8)])[0]._plan, 0.3)
+        run(triton_backend, emas(case, False, [layout(8)])[0]._planner.plan, 0.3)
     return seen[0]
 
 
@@ -76,10 +76,10 @@ SOME = [layout(8), layout(1000), layout(2056), layout(33, offset=1), layout(600,
 
 def is_noticed(case: tuple, arch: int, code: str) -> bool:
     compiled, expected = emas(case, False, SOME)
-    run(foreach_backend, expected._plan, 0.3)
+    run(foreach_backend, expected._planner.plan, 0.3)
     try:
         with compiled_for(arch, lambda _: code):
-            run(triton_backend, compiled._plan, 0.3)
+            run(triton_backend, compiled._planner.plan, 0.3)
         assert_same(compiled, expected)
     except AssertionError:
         return True

@@ -95,9 +95,11 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same(compiled: ModelEMA, expected: ModelEMA) -> None:
-    assert len(compiled._plan.launches) == len(expected._plan.launches)
+    assert len(compiled._planner.plan.launches) == len(expected._planner.plan.launches)
     assert compiled._state.skip_counts() == expected._state.skip_counts()
-    for ours, theirs in zip(compiled._plan.launches, expected._plan.launches, strict=True):
+    for ours, theirs in zip(
+        compiled._planner.plan.launches, expected._planner.plan.launches, strict=True
+    ):
         assert torch.equal(bits(ours.bucket.flat), bits(theirs.bucket.flat))
         for one, other in zip(ours.sources, theirs.sources, strict=True):
             assert torch.equal(bits(one), bits(other))
@@ -116,8 +118,8 @@ def test_an_update_is_the_foreach_path_s(
         # At the second there is a residual, and another random number.
         for _ in range(2 if weight == 0.3 else 1):
             with compiled_for(arch):
-                run(triton_backend, compiled._plan, weight)
-            run(foreach_backend, expected._plan, weight)
+                run(triton_backend, compiled._planner.plan, weight)
+            run(foreach_backend, expected._planner.plan, weight)
             assert_same(compiled, expected)
         if guarded:
             assert sum(compiled._state.skip_counts().values()) > 0
@@ -126,7 +128,7 @@ def test_an_update_is_the_foreach_path_s(
 @pytest.mark.parametrize("momentum", [0.0, 2e-4, 0.3, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("arch", EVERY)
 def test_fp32_is_torch_s_lerp(arch: int, momentum: float) -> None:
-    plan = emas((torch.float32, torch.float32, "nearest"), guarded=False)[0]._plan
+    plan = emas((torch.float32, torch.float32, "nearest"), guarded=False)[0]._planner.plan
     (one,) = plan.launches
     expected = [target.clone() for target in one.targets]
     torch._foreach_lerp_(expected, one.sources, momentum)
@@ -140,7 +142,7 @@ def test_fp32_is_torch_s_lerp(arch: int, momentum: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", EVERY)
 def test_a_swap_exchanges_all_bits(arch: int, dtype: torch.dtype) -> None:
-    (one,) = emas((dtype, dtype, "nearest"), guarded=False)[0]._plan.launches
+    (one,) = emas((dtype, dtype, "nearest"), guarded=False)[0]._planner.plan.launches
     before = [
         [tensor.clone().view(BITS[dtype.itemsize]) for tensor in side]
         for side in (one.targets, one.sources)
@@ -175,8 +177,8 @@ def test_any_update_is_the_foreach_path_s(
     compiled, expected = emas(case, guarded, chosen, seed, special)
     weight = torch.tensor(momentum) if as_tensor else momentum
     with compiled_for(arch):
-        run(triton_backend, compiled._plan, weight)
-    run(foreach_backend, expected._plan, weight)
+        run(triton_backend, compiled._planner.plan, weight)
+    run(foreach_backend, expected._planner.plan, weight)
     assert_same(compiled, expected)
 
 
@@ -189,7 +191,9 @@ def test_any_swap_is_the_foreach_path_s(
     arch: int, dtype: torch.dtype, chosen: list[Layout]
 ) -> None:
     compiled, expected = emas((dtype, dtype, "nearest"), False, chosen)
-    for ours, theirs in zip(compiled._plan.launches, expected._plan.launches, strict=True):
+    for ours, theirs in zip(
+        compiled._planner.plan.launches, expected._planner.plan.launches, strict=True
+    ):
         with compiled_for(arch):
             triton_backend.exchange(ours)
         foreach_backend.exchange(theirs)
@@ -203,7 +207,7 @@ def test_nothing_was_left_out(arch: int) -> None:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     taken = set()
     for ema, online in product(dtypes, dtypes):
-        (one,) = emas((ema, online, "nearest"), False, [layout(8)])[0]._plan.launches
+        (one,) = emas((ema, online, "nearest"), False, [layout(8)])[0]._planner.plan.launches
         with compiled_for(arch):
             if triton_backend.unsupported_reason(one) is None:
                 taken.add((ema, online))

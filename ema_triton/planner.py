@@ -1,0 +1,103 @@
+"""The plan of an EMA as its tensors lie now: made anew when one has moved."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_triton.backend import choose
+from ema_triton.distributed import dtensor
+from ema_triton.modules import Slots, slots_of
+from ema_triton.plan import Plan, make_plan
+from ema_triton.state import EMAState
+
+logger = logging.getLogger("ema_triton")
+
+
+class Planner:
+    """Has the plan of an online model and an EMA's state, and replaces it when it is stale.
+
+    Args:
+        model: The online model.
+        state: The EMA's state.
+        backend: "auto", "triton" or "foreach".
+
+    Attributes:
+        plan: The latest plan.
+        captured: Plans whose chunk tables CUDA graphs go on reading.
+    """
+
+    def __init__(self, model: nn.Module, state: EMAState, backend: str) -> None:
+        self._model, self._state, self._backend = model, state, backend
+        self.plan = Plan.unknown()
+        self.captured: list[Plan] = []
+
+    def latest(self) -> Plan:
+        """The latest plan, stale or not; the first one of a copy."""
+        return self.plan if self.plan.reason else self.make(slots_of(self._model))
+
+    def current(self) -> tuple[Plan, list[Tensor]]:
+        """A plan that is not stale, and the online tensors that it copies."""
+        online = self.plan.online_copies()
+        if online is None:
+            # Perhaps a forward has only gathered the shards.
+            dtensor.reshard_fsdp2(self._model)
+            self.reshard()
+            online = self.plan.online_copies()
+        if online is None:
+            online = self.make(slots_of(self._model)).online_copies()
+        assert online is not None  # just planned
+        return self.plan, online
+
+    def reshard(self) -> None:
+        """Have the modules of an EMA model that is sharded show their shards."""
+        if self._state.module is not None:
+            dtensor.reshard_fsdp2(self._state.module)
+
+    def make(self, online: Slots, ema_dtype: torch.dtype | None = None) -> Plan:
+        """Make a new plan.
+
+        Args:
+            online: The online model's slots.
+            ema_dtype: Cast the EMA's real floating tensors to it; None leaves their dtypes.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, or backend="triton" cannot run.
+            ValueError: The models' tensors do not fit each other.
+            TypeError: A tensor is of a kind that cannot be averaged.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A CUDA graph is being captured, and the EMA is not ready for it: it is new, or a "
+                "tensor of the online or the EMA model moved since the last update, and the graph "
+                "would keep old addresses. Call update() once after the last change of the models, "
+                "then capture."
+            )
+        devices = {bucket.kind.device for bucket in self._state.buckets}
+        _synchronize(devices)  # updates on other streams may still be writing the EMA
+        # Tensors made in inference mode could never be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = self._state.lay_out(online, ema_dtype)
+            plan = make_plan(self._state, pairs, self._model)
+            _synchronize(devices)  # with the last plan, memory is freed that is being copied
+            choose(self._backend, plan)
+        if plan.reason != self.plan.reason:
+            logger.info("EMA backend: %s (%s)", plan.backend, plan.reason)
+        self.plan = plan
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without plans: their addresses mean nothing to a copy or to another process."""
+        return {**self.__dict__, "plan": None, "captured": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, plan=Plan.unknown())
+
+
+def _synchronize(devices: set[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
