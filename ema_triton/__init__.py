@@ -10,10 +10,13 @@ from ema_triton.schedules import (
     CosineRamp,
     CountWarmup,
     Delayed,
+    EqualAverage,
     ExponentialRamp,
     HalfLife,
+    HalfLifeFraction,
     InverseDecay,
     LinearWarmup,
+    PowerFunction,
 )
 
 if TYPE_CHECKING:
@@ -25,11 +28,14 @@ __all__ = [
     "CountWarmup",
     "Delayed",
     "EMAHandler",
+    "EqualAverage",
     "ExponentialRamp",
     "HalfLife",
+    "HalfLifeFraction",
     "InverseDecay",
     "LinearWarmup",
     "ModelEMA",
+    "PowerFunction",
 ]
 
 __version__ = "0.1.0"

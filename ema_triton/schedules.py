@@ -14,7 +14,7 @@ import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 Schedule = Callable[[int], float]
 
@@ -39,20 +39,13 @@ class _Schedule:
     def _check_fractions(self, *names: str) -> None:
         problem = "Outside [0, 1] the EMA is no average and may diverge: give a value in [0, 1]."
         for name in names:
-            self._check_float(name, 0, 1, problem)
+            value = _in_range(name, getattr(self, name), 0, 1, problem)
+            object.__setattr__(self, name, value)
 
     def _check_positive(self, name: str, meaning: str) -> None:
         problem = f"It is {meaning}: give a finite value above 0."
-        self._check_float(name, math.ulp(0.0), sys.float_info.max, problem)
-
-    def _check_float(self, name: str, low: float, high: float, problem: str) -> None:
-        """Raise unless the field is a number from `low` to `high`, and make it a float."""
-        value = getattr(self, name)
-        if not _is_number(value):
-            raise TypeError(f"Invalid {name}: {value!r}, a {type(value).__name__}. Give a number.")
-        if not low <= float(value) <= high:
-            raise ValueError(f"Invalid {name}: {value}. {problem}")
-        object.__setattr__(self, name, float(value))
+        value = _in_range(name, getattr(self, name), math.ulp(0.0), sys.float_info.max, problem)
+        object.__setattr__(self, name, value)
 
     def _check_count(self, name: str, least: int = 1) -> None:
         """Raise unless the field is an integer, and make it an int."""
@@ -320,6 +313,112 @@ class HalfLife(_Schedule):
 
 
 @dataclass(frozen=True)
+class HalfLifeFraction(_Schedule):
+    r"""A half-life that grows with the training: always the same fraction of the updates so far.
+
+    .. math:: decay_t = 2^{-1 / (f\,t)}
+
+    Source: `half_life_fraction` of torchtitan.
+
+    Args:
+        fraction: :math:`f > 0`: after `fraction` * t more updates, what the EMA was at update t
+            counts about half as much.
+
+    Raises:
+        ValueError: The fraction is not above 0.
+        TypeError: It is not a number.
+
+    Example:
+        >>> schedule = HalfLifeFraction(0.5)
+        >>> [round(schedule(t), 4) for t in (2, 200)]
+        [0.5, 0.0069]
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        self._check_positive("fraction", "a part of the updates so far")
+
+    def _momentum(self, update_index: int) -> float:
+        return -math.expm1(-math.log(2) / (self.fraction * update_index))
+
+
+@dataclass(frozen=True)
+class EqualAverage(_Schedule):
+    r"""The mean of the online weights of all updates: :math:`\lambda_t = 1 / t`.
+
+    Of the weights at construction nothing is left. Source: Izmailov et al. 2018, "Averaging Weights
+    Leads to Wider Optima and Better Generalization", https://arxiv.org/abs/1803.05407; the default
+    of `torch.optim.swa_utils.AveragedModel`.
+
+    Example:
+        >>> [EqualAverage()(t) for t in (1, 2, 4)]
+        [1.0, 0.5, 0.25]
+    """
+
+    def _momentum(self, update_index: int) -> float:
+        return 1 / update_index
+
+
+@dataclass(frozen=True, init=False)
+class PowerFunction(_Schedule):
+    r"""An average whose profile over the updates is a power function, as wide as the training.
+
+    .. math:: decay_t = (1 - 1/t)^{\gamma + 1}, \quad
+        \sigma_{rel} = \sqrt{\frac{\gamma + 1}{(\gamma + 2)^2 (\gamma + 3)}}
+
+    The weights of update s count as :math:`s^\gamma`, nearly, and those at construction not at all.
+    Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
+    https://arxiv.org/abs/2312.02696, section 3.1.
+
+    Args:
+        sigma_rel: :math:`\sigma_{rel}`, the standard deviation of the profile as a fraction of the
+            training, above 0 and at most :math:`1 / \sqrt{12}`, that of `EqualAverage`.
+        gamma: :math:`\gamma`, at least 0; instead of `sigma_rel`.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value is not a number, or not exactly one of the two is given.
+
+    Example:
+        >>> schedule = PowerFunction(sigma_rel=0.1)
+        >>> round(schedule.gamma, 2), round(schedule.sigma_rel, 2)
+        (6.94, 0.1)
+        >>> [round(schedule(t), 4) for t in (1, 2, 1000)]
+        [1.0, 0.9959, 0.0079]
+    """
+
+    gamma: float
+
+    def __init__(self, *, sigma_rel: float | None = None, gamma: float | None = None) -> None:
+        if (sigma_rel is None) == (gamma is None):
+            raise TypeError(
+                f"PowerFunction got sigma_rel={sigma_rel!r} and gamma={gamma!r}, and each of them "
+                "says what the other one is. Give exactly one."
+            )
+        if sigma_rel is not None:
+            widest = 12**-0.5
+            problem = f"It is the profile's width: give a value above 0 and at most {widest:.4f}."
+            sigma = _in_range("sigma_rel", sigma_rel, sys.float_info.min, widest, problem)
+            gamma = 1 / sigma  # above the solution; each step leaves at most 2/3 of the error
+            for _ in range(100):
+                gamma = max(0.0, math.sqrt((gamma + 1) / (gamma + 3)) / sigma - 2)
+        problem = "It is an exponent: give a finite value from 0 on."
+        gamma = _in_range("gamma", gamma, 0, sys.float_info.max, problem)
+        object.__setattr__(self, "gamma", gamma)
+
+    @property
+    def sigma_rel(self) -> float:
+        """The profile's standard deviation as a fraction of the training."""
+        return math.sqrt((self.gamma + 1) / (self.gamma + 3)) / (self.gamma + 2)
+
+    def _momentum(self, update_index: int) -> float:
+        if update_index == 1:
+            return 1.0
+        return -math.expm1((self.gamma + 1) * math.log1p(-1 / update_index))
+
+
+@dataclass(frozen=True)
 class Delayed(_Schedule):
     r"""Copy the online weights in the first updates, and then follow another schedule.
 
@@ -422,7 +521,16 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
         ) from error
 
 
-def _is_number(value: object) -> bool:
+def _in_range(name: str, value: object, low: float, high: float, problem: str) -> float:
+    """The number as a float; an error unless it is one from `low` to `high`."""
+    if not _is_number(value):
+        raise TypeError(f"Invalid {name}: {value!r}, a {type(value).__name__}. Give a number.")
+    if not low <= float(value) <= high:
+        raise ValueError(f"Invalid {name}: {value}. {problem}")
+    return float(value)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     # A float first: an abstract class takes longer to answer.
     return isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)
 

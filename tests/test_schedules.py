@@ -23,10 +23,13 @@ from ema_triton.schedules import (
     Constant,
     CosineRamp,
     CountWarmup,
+    EqualAverage,
     ExponentialRamp,
     HalfLife,
+    HalfLifeFraction,
     InverseDecay,
     LinearWarmup,
+    PowerFunction,
     schedule_from_state,
     schedule_to_state,
 )
@@ -43,6 +46,9 @@ ONE_OF_EACH = [
     ExponentialRamp(0.9, 4.0),
     CosineRamp(0.6, 9),
     HalfLife(3.0, 2),
+    HalfLifeFraction(0.3),
+    EqualAverage(),
+    PowerFunction(gamma=3.0),
 ]
 each = pytest.mark.parametrize("schedule", ONE_OF_EACH, ids=lambda s: type(s).__name__)
 
@@ -67,6 +73,10 @@ ANY_SCHEDULE = st.one_of(
     st.builds(ExponentialRamp, FRACTIONS, POSITIVE),
     st.builds(CosineRamp, FRACTIONS, COUNTS),
     st.builds(HalfLife, POSITIVE, COUNTS),
+    st.builds(HalfLifeFraction, POSITIVE),
+    st.builds(EqualAverage),
+    st.builds(PowerFunction, gamma=st.one_of(st.just(0.0), POSITIVE)),
+    st.builds(PowerFunction, sigma_rel=st.floats(2.3e-308, 12**-0.5)),
 )
 
 
@@ -96,6 +106,14 @@ def cosine_ramp(s: CosineRamp, t: int) -> Decimal:
 
 def half_life(s: HalfLife, t: int) -> Decimal:
     return Decimal("0.5") ** (s.every / Decimal(s.half_life))
+
+
+def half_life_fraction(s: HalfLifeFraction, t: int) -> Decimal:
+    return Decimal("0.5") ** (1 / (Decimal(s.fraction) * t))
+
+
+def power_function(s: PowerFunction, t: int) -> Decimal:
+    return (1 - 1 / Decimal(t)) ** (Decimal(s.gamma) + 1)
 
 
 def error_in_u(
@@ -164,9 +182,32 @@ def test_half_life(steps: float, every: int) -> None:
     assert {schedule(t) for t in INDICES} == {schedule(1)}
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 1.0, 50.0])
+def test_half_life_fraction(fraction: float) -> None:
+    schedule = HalfLifeFraction(fraction)
+    # As above: log(2) 2 U, a product and a quotient; expm1 2 U.
+    for t in (t for t in INDICES if fraction * t > 0.01):
+        assert error_in_u(schedule(t), schedule, half_life_fraction, t) <= 7
+
+
+def test_equal_average_is_the_rounded_quotient() -> None:
+    assert [EqualAverage()(t) for t in INDICES] == [float(Fraction(1, t)) for t in INDICES]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.169, 1.0, 6.94, 16.97, 400.0, 1e6])
+def test_power_function(gamma: float) -> None:
+    schedule = PowerFunction(gamma=gamma)
+    # -1 / t is rounded, and its logarithm enlarges that by at most 1.45 from t = 2 on; log1p 2 U,
+    # a sum and a product, 2 U, which expm1 does not enlarge; expm1 2 U.
+    for t in (t for t in INDICES if gamma < 100 * t):
+        assert error_in_u(schedule(t), schedule, power_function, t) <= 9
+
+
 def test_control_one_minus_decay_loses_the_digits() -> None:
     n = 1_000_000
     naive_and_bound = [
+        (1 - 0.5 ** (1 / (0.5 * (10**9 + 1))), HalfLifeFraction(0.5), half_life_fraction),
+        (1 - (1 - 1 / (10**9 + 1)) ** 7.94, PowerFunction(gamma=6.94), power_function),
         (1 - (1 - (1 + 10**9) ** -0.75), InverseDecay(power=0.75, max_decay=1.0), inverse_decay),
         (1 - (1 - math.exp(-(10**9) / 5e7)), ExponentialRamp(1.0, 5e7), exponential_ramp),
         (1 - 0.5 ** (1 / 1e12), HalfLife(1e12), half_life),
@@ -368,6 +409,7 @@ POSITIVE_FIELDS = [
     (InverseDecay, "power", "an exponent, and without it the decay would never rise"),
     (ExponentialRamp, "tau", "a time constant in updates"),
     (HalfLife, "half_life", "a number of steps"),
+    (HalfLifeFraction, "fraction", "a part of the updates so far"),
 ]
 COUNT_FIELDS = [(LinearWarmup, "warmup_iters"), (CosineRamp, "updates"), (HalfLife, "every")]
 VALID = {type(schedule): schedule for schedule in ONE_OF_EACH}
@@ -383,6 +425,7 @@ def refusal(kind: type, name: str, value: Any, error: type[Exception]) -> str:
 
 def test_every_field_is_checked() -> None:
     checked = {(kind, name) for kind, name, *_ in FRACTION_FIELDS + POSITIVE_FIELDS + COUNT_FIELDS}
+    checked |= {(PowerFunction, "gamma")}  # above, with sigma_rel
     assert checked == {(kind, field.name) for kind in VALID for field in fields(kind)}
 
 
@@ -498,7 +541,7 @@ def test_any_other_function_has_no_state() -> None:
 
 KNOWN = (
     "Constant, LinearWarmup, InverseDecay, CountWarmup, ExponentialRamp, CosineRamp, HalfLife, "
-    "Delayed"
+    "HalfLifeFraction, EqualAverage, PowerFunction, Delayed"
 )
 
 
