@@ -20,9 +20,17 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ema_triton.ops.kernels import ema_update, exchange
+from ema_triton.ops.kernels import ema_update, ema_update_several, exchange
 from ema_triton.ops.precision import RESIDUAL_DTYPE, overflow_threshold
-from ema_triton.ops.triton_backend import BLOCK, EXACT_BLOCK, EXCHANGE_BLOCK, WARPS
+from ema_triton.ops.triton_backend import (
+    BLOCK,
+    EXACT_BLOCK,
+    EXCHANGE_BLOCK,
+    MOST_TOGETHER,
+    SEVERAL_BLOCK,
+    STOCHASTIC_SEVERAL_BLOCK,
+    WARPS,
+)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -48,6 +56,15 @@ CASES = [
 EXCHANGES = [(dtype, dtype, "exchange") for dtype in DTYPES]
 # Whether the momentum is a tensor, and whether the EMA is guarded.
 KINDS = [(False, False), (True, False), (False, True)]
+# Several EMAs in one launch, two and three of them: EMA, online, precision, whether guarded.
+SEVERAL = [
+    ("fp64", "fp64", "nearest", False),
+    ("fp32", "fp32", "nearest", False),
+    ("fp32", "fp32", "nearest", True),
+    ("bf16", "bf16", "exact", False),
+    ("bf16", "bf16", "exact", True),
+    ("bf16", "bf16", "stochastic", False),
+]
 RESIDUALS = {"bf16": "i16", "fp16": "fp32"}
 
 # The driver reserves this much shared memory per block from sm_90 on; it is not ours.
@@ -55,10 +72,16 @@ RESERVED_SHARED = 1024
 
 MOST_REGISTERS = 40
 
+# With 64, 1024 threads of a multiprocessor run at a time, of 2048. For three fp32 EMAs each of them
+# has 128 bytes of loads in flight: 128 KiB, several times what hides the latency of memory.
+SEVERAL_REGISTERS = 64
+
 # A guarded kernel adds up what its threads have counted, once, after the last of its elements.
 GUARD_REGISTERS = 56
 GUARD_SHARED = 256
 GUARD_BARRIERS = 6
+SEVERAL_MOST_REGISTERS = 88  # also with noise
+SEVERAL_GUARD_BARRIERS = 8  # for each EMA
 
 # Of stochastic rounding on sm_90, per element. An H200 issues 41 in the time that 6 bytes take.
 # fp16 needs more than bf16, whose spacing is where fp32's low half begins, also for subnormals.
@@ -82,6 +105,7 @@ class Variant:
         barriers: Places where the threads of a block wait for each other.
         spills: Bytes (AMD: registers) per thread for which no register was left.
         instructions: Machine instructions per element of the aligned path; None on AMD.
+        averages: How many EMAs are averaged at once.
     """
 
     arch: str
@@ -96,6 +120,7 @@ class Variant:
     barriers: int
     spills: int
     instructions: float | None
+    averages: int = 1
 
     def __str__(self) -> str:
         """For tables and messages."""
@@ -103,7 +128,9 @@ class Variant:
             return f"{self.arch} {self.ema}<->{self.online} exchange"
         kind = "tensor" if self.tensor_momentum else "float"
         guard = ", guarded" if self.guarded else ""
-        return f"{self.arch} {self.ema}<-{self.online} {self.precision} {kind} momentum{guard}"
+        several = f", {self.averages} at once" if self.averages > 1 else ""
+        case = f"{self.arch} {self.ema}<-{self.online} {self.precision}"
+        return f"{case} {kind} momentum{guard}{several}"
 
     def shortfalls(self) -> list[str]:
         """Where the variant falls short of the design."""
@@ -113,16 +140,21 @@ class Variant:
         if self.arch.startswith("sm_") or not (self.guarded or self.precision == "stochastic"):
             if self.shared > self.guarded * GUARD_SHARED:
                 found.append(f"{self.shared} bytes of shared memory")
-            if self.barriers > self.guarded * GUARD_BARRIERS:
+            each = GUARD_BARRIERS if self.averages == 1 else self.averages * SEVERAL_GUARD_BARRIERS
+            if self.barriers > self.guarded * each:
                 found.append(f"{self.barriers} barriers")
         if self.spills:
             found.append(f"spills of {self.spills}")
         if self.arch.startswith("sm_"):
             most = GUARD_REGISTERS if self.guarded else MOST_REGISTERS
+            if self.averages > 1:
+                arithmetic = self.guarded or self.precision == "stochastic"
+                most = SEVERAL_MOST_REGISTERS if arithmetic else SEVERAL_REGISTERS
             if self.registers > most:
                 found.append(f"{self.registers} registers, more than {most}")
             found += self._narrow_accesses()
-        if self.arch == "sm_90" and self.precision == "stochastic" and not self.guarded:
+        single = self.averages == 1 and not self.guarded
+        if self.arch == "sm_90" and self.precision == "stochastic" and single:
             most = MOST_INSTRUCTIONS[self.ema]
             if self.instructions is None or self.instructions > most:
                 found.append(f"{self.instructions} instructions per element, more than {most}")
@@ -141,6 +173,7 @@ class Variant:
         stores = [DTYPES[self.ema][1].itemsize]
         if self.precision == "exact":
             stores.append(RESIDUAL_DTYPE[DTYPES[self.ema][1]].itemsize)
+        stores *= self.averages
         loads = [*stores, DTYPES[self.online][1].itemsize]
         if self.precision == "exchange":
             stores = loads
@@ -156,11 +189,13 @@ class Variant:
             found.append(f"{loaded} elements loaded and {stored} stored by vectors")
         noise = self.precision == "stochastic"
         masked = max(stored // (2 if noise else 4), 2)
-        others = 3 + self.tensor_momentum + 2 * noise
+        others = 3 + self.tensor_momentum + 2 * noise * self.averages
         for op, most in (("ld", len(loads) * masked + others), ("st", len(stores) * masked)):
             scalars = sum(n for access, n in self.accesses.items() if access.startswith(f"{op}.b"))
             least = 0 if self.guarded or self.precision == "exchange" else most
+            # Of one average, the compiler makes the counting after both paths one.
             counting = (2 if op == "ld" else 1) * self.guarded
+            counting *= 1 if self.averages == 1 else 2 * self.averages
             if not least <= scalars <= most + counting:
                 found.append(f"{scalars} scalar {op} instead of {most}")
         return found
@@ -199,6 +234,12 @@ def main(args: argparse.Namespace) -> None:
         for arch in args.arch.split(",")
         for case in EXCHANGES
     ]
+    variants += [
+        compiled(arch, *case, tensor_momentum=False, guarded=guarded, averages=averages)
+        for arch in args.arch.split(",")
+        for *case, guarded in SEVERAL
+        for averages in range(2, MOST_TOGETHER + 1)
+    ]
     blocks = f"{BLOCK} elements by EMA bytes, {EXACT_BLOCK} if exact"
     print(f"triton {triton.__version__}, {WARPS} warps, blocks of {blocks}")
     for variant in variants:
@@ -222,10 +263,18 @@ def line(variant: Variant) -> str:
 
 
 def compiled(
-    arch: str, ema: str, online: str, precision: str, *, tensor_momentum: bool, guarded: bool
+    arch: str,
+    ema: str,
+    online: str,
+    precision: str,
+    *,
+    tensor_momentum: bool,
+    guarded: bool,
+    averages: int = 1,
 ) -> Variant:
     """Compile one variant as the launcher would specialise it, and look at its code."""
-    block = EXACT_BLOCK if precision == "exact" else BLOCK[DTYPES[ema][1].itemsize]
+    size = DTYPES[ema][1].itemsize
+    block = EXACT_BLOCK if precision == "exact" else BLOCK[size]
     arguments = {
         "table_ptr": "*i64",
         "ema_ptr": f"*{ema}",
@@ -243,8 +292,17 @@ def compiled(
     }
     if precision == "exchange":
         arguments = {"table_ptr": "*i64", "ema_ptr": f"*{ema}"}
-        block = EXCHANGE_BLOCK[DTYPES[ema][1].itemsize]
+        block = EXCHANGE_BLOCK[size]
         kernel = _compile(arch, exchange, arguments, {"BLOCK": block})
+    elif averages > 1:
+        block = STOCHASTIC_SEVERAL_BLOCK if precision == "stochastic" else SEVERAL_BLOCK[size]
+        names = ("ema_ptr", "residual_ptr", "random_state_ptr", "skip_counts_ptr")
+        tuples = {f"{name}s": (kind := arguments[name]) and (kind,) * averages for name in names}
+        momenta = {f"momentum_{index}": "fp64" for index in range(MOST_TOGETHER)}
+        arguments = {"table_ptr": "*i64"} | tuples | momenta
+        constants |= {"BLOCK": block}
+        del constants["COPY"]
+        kernel = _compile(arch, ema_update_several, arguments, constants)
     else:
         kernel = _compile(arch, ema_update, arguments, constants)
     nvidia = arch.startswith("sm_")
@@ -257,6 +315,7 @@ def compiled(
         tensor_momentum,
         guarded,
         shared=kernel.metadata.shared,
+        averages=averages,
         **look,
     )
 
@@ -267,13 +326,23 @@ def _compile(
     """Compile it with arguments of these kinds, pointers aligned; None is a constant too."""
     names = [*arguments, *constants]
     constants |= {name: None for name, kind in arguments.items() if kind is None}
+    # A pointer by the path to it: its argument, and where that is a tuple its place in it.
+    paths = {
+        (names.index(name), *place): one
+        for name, kind in arguments.items()
+        for place, one in (
+            [((index,), one) for index, one in enumerate(kind)]
+            if isinstance(kind, tuple)
+            else [((), kind)]
+        )
+    }
     source = ASTSource(
         fn=kernel,
         signature={name: arguments.get(name) or "constexpr" for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in arguments.items()
+            path: [["tt.divisibility", 16]]
+            for path, kind in paths.items()
             if kind is not None and kind.startswith("*")
         },
     )

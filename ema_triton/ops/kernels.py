@@ -120,6 +120,65 @@ def lerp(ema, online, momentum):
 
 
 @triton.jit
+def average_block(
+    ema,
+    online,
+    ema_ptrs,
+    residual,
+    residual_ptrs,
+    mask,
+    skipped,
+    seed,
+    update,
+    first,
+    momentum,
+    COPY: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Average SIZE elements that are loaded, and store them; what each thread has skipped so far.
+
+    first: the index of the first element in the bucket. Others: see `average`.
+    """
+    old = widen(ema, momentum.dtype) if residual is None else join_residual(ema, residual)
+    value = online if COPY else lerp(old, online, momentum)
+    if OVERFLOW is not None:
+        finite = tl.abs(value) < OVERFLOW  # not for NaN
+        skips = tl.where(mask & (finite == 0), 1, 0)
+        skipped += skips.reshape(skipped.shape[0], SIZE // skipped.shape[0]).sum(1)
+        value = tl.where(finite, value, old)
+    if residual is not None:
+        new, residual = split_residual(value, ema.dtype, residual.dtype)
+        tl.store(residual_ptrs, residual, mask=mask)
+    elif seed is not None:
+        new = narrow_stochastic(value, noise(seed, update, first, SIZE), ema.dtype)
+    else:
+        new = narrow(value, ema.dtype)
+    tl.store(ema_ptrs, new, mask=mask)
+    return skipped
+
+
+@triton.jit
+def pointers(base, index, STORED: tl.constexpr):
+    """base + index, accessed four elements at a time if narrower than STORED, as that is then.
+
+    Eight at a time they would go through shared memory, with barriers, to the other's layout.
+    """
+    if base.dtype.element_ty.primitive_bitwidth < STORED.primitive_bitwidth:
+        return tl.max_contiguous(base + index, 4)
+    return base + index
+
+
+@triton.jit
+def add_count(table_ptr, skip_counts_ptr, skipped):
+    """Add what the program's threads have skipped to the count of its chunk."""
+    total = tl.sum(skipped)
+    if total > 0:  # not atomic: no other program writes this count
+        count_ptr = skip_counts_ptr + tl.load(table_ptr + tl.program_id(0) * 4 + 3)
+        tl.store(count_ptr, tl.load(count_ptr) + total)
+
+
+@triton.jit
 def average(
     table_ptr,
     ema_ptr,
@@ -142,48 +201,99 @@ def average(
     """
     EMA: tl.constexpr = ema_ptr.dtype.element_ty
     STORED: tl.constexpr = EMA if residual_ptr is None else residual_ptr.dtype.element_ty
-    WIDEST: tl.constexpr = STORED.primitive_bitwidth
     # Neighbours that one thread holds in any layout. It counts what it skips, across its steps.
     GROUP: tl.constexpr = 2 if EMA == tl.float64 else 4
     skipped = tl.zeros((SIZE // GROUP,), tl.int32)
     for start in range(0, length, SIZE):
         index = start + tl.arange(0, SIZE)
-        ema_ptrs = ema_ptr + index
-        online_ptrs = online_ptr + index
-        # Beside an fp32 tensor, narrower ones are accessed four elements at a time as well. Eight
-        # at a time they would go through shared memory, with barriers, to the fp32's layout.
-        if EMA.primitive_bitwidth < WIDEST:
-            ema_ptrs = tl.max_contiguous(ema_ptrs, 4)
-        if online_ptr.dtype.element_ty.primitive_bitwidth < WIDEST:
-            online_ptrs = tl.max_contiguous(online_ptrs, 4)
+        ema_ptrs = pointers(ema_ptr, index, STORED)
+        online_ptrs = pointers(online_ptr, index, STORED)
         residual_ptrs = None if residual_ptr is None else residual_ptr + index
         first = offset + start
         mask = index < length
         ema = tl.load(ema_ptrs, mask=mask)
         online = widen(tl.load(online_ptrs, mask=mask), momentum.dtype)
-        if residual_ptr is None:
-            old = widen(ema, momentum.dtype)
-        else:
-            old = join_residual(ema, tl.load(residual_ptrs, mask=mask))
-        value = online if COPY else lerp(old, online, momentum)
-        if OVERFLOW is not None:
-            finite = tl.abs(value) < OVERFLOW  # not for NaN
-            skips = tl.where(mask & (finite == 0), 1, 0)
-            skipped += skips.reshape(SIZE // GROUP, GROUP).sum(1)
-            value = tl.where(finite, value, old)
-        if residual_ptr is not None:
-            ema, residual = split_residual(value, EMA, STORED)
-            tl.store(residual_ptrs, residual, mask=mask)
-        elif seed is not None:
-            ema = narrow_stochastic(value, noise(seed, update, first, SIZE), EMA)
-        else:
-            ema = narrow(value, EMA)
-        tl.store(ema_ptrs, ema, mask=mask)
+        residual = None if residual_ptr is None else tl.load(residual_ptrs, mask=mask)
+        skipped = average_block(
+            ema,
+            online,
+            ema_ptrs,
+            residual,
+            residual_ptrs,
+            mask,
+            skipped,
+            seed,
+            update,
+            first,
+            momentum,
+            COPY,
+            OVERFLOW,
+            SIZE,
+        )
     if skip_counts_ptr is not None:
-        total = tl.sum(skipped)
-        if total > 0:  # not atomic: no other program writes this count
-            count_ptr = skip_counts_ptr + tl.load(table_ptr + tl.program_id(0) * 4 + 3)
-            tl.store(count_ptr, tl.load(count_ptr) + total)
+        add_count(table_ptr, skip_counts_ptr, skipped)
+
+
+@triton.jit
+def average_several(
+    table_ptr,
+    ema_ptrs,
+    online_ptr,
+    residual_ptrs,
+    skip_counts_ptrs,
+    seeds,
+    updates,
+    offset,
+    length,
+    momenta,
+    OVERFLOW: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The same for several EMAs of one dtype: each online element is read once.
+
+    All is loaded before anything is stored: a load behind a store would wait for it.
+    """
+    EMA: tl.constexpr = ema_ptrs[0].dtype.element_ty
+    STORED: tl.constexpr = EMA if residual_ptrs is None else residual_ptrs[0].dtype.element_ty
+    GROUP: tl.constexpr = 2 if EMA == tl.float64 else 4
+    skipped = tl.tuple([])
+    for _ in tl.static_range(len(ema_ptrs)):
+        skipped = skipped + (tl.zeros((SIZE // GROUP,), tl.int32),)
+    for start in range(0, length, SIZE):
+        index = start + tl.arange(0, SIZE)
+        first = offset + start
+        mask = index < length
+        online = widen(tl.load(pointers(online_ptr, index, STORED), mask=mask), momenta[0].dtype)
+        emas = tl.tuple([])
+        residuals = tl.tuple([])
+        for i in tl.static_range(len(ema_ptrs)):
+            emas = emas + (tl.load(pointers(ema_ptrs[i], index, STORED), mask=mask),)
+            if residual_ptrs is not None:
+                residuals = residuals + (tl.load(residual_ptrs[i] + index, mask=mask),)
+        counts = tl.tuple([])
+        for i in tl.static_range(len(ema_ptrs)):
+            counts = counts + (
+                average_block(
+                    emas[i],
+                    online,
+                    pointers(ema_ptrs[i], index, STORED),
+                    None if residual_ptrs is None else residuals[i],
+                    None if residual_ptrs is None else residual_ptrs[i] + index,
+                    mask,
+                    skipped[i],
+                    None if seeds is None else seeds[i],
+                    None if updates is None else updates[i],
+                    first,
+                    momenta[i],
+                    False,
+                    OVERFLOW,
+                    SIZE,
+                ),
+            )
+        skipped = counts
+    if skip_counts_ptrs is not None:
+        for i in tl.static_range(len(ema_ptrs)):
+            add_count(table_ptr, skip_counts_ptrs[i], skipped[i])
 
 
 @triton.jit
@@ -285,6 +395,77 @@ def ema_update(
             length,
             weight,
             COPY,
+            OVERFLOW,
+            SMALL,
+        )
+
+
+@triton.jit
+def ema_update_several(
+    table_ptr,
+    ema_ptrs,
+    residual_ptrs,
+    random_state_ptrs,
+    skip_counts_ptrs,
+    momentum_0: tl.float64,
+    momentum_1: tl.float64,
+    momentum_2: tl.float64,
+    ONLINE: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`ema_update` for two or three EMAs of the same online tensors, which lie alike.
+
+    ema_ptrs, residual_ptrs, random_state_ptrs, skip_counts_ptrs: a tuple with one for each EMA, or
+        None where `ema_update` takes None.
+    momentum_0 and so on: of each EMA. (In a tuple they would be fp32.)
+    Others: as for `ema_update`, which also copies.
+    """
+    address, offset, length, aligned = chunk(table_ptr, tl.program_id(0))
+    COMPUTE: tl.constexpr = tl.float64 if ema_ptrs[0].dtype.element_ty == tl.float64 else tl.float32
+    given = (momentum_0, momentum_1, momentum_2)
+    momenta = tl.tuple([])
+    emas = tl.tuple([])
+    residuals = tl.tuple([])
+    seeds = tl.tuple([])
+    updates = tl.tuple([])
+    for i in tl.static_range(len(ema_ptrs)):
+        momenta = momenta + (tl.full((), given[i], COMPUTE),)
+        emas = emas + (tl.multiple_of(ema_ptrs[i] + offset, 16),)
+        if residual_ptrs is not None:
+            residuals = residuals + (tl.multiple_of(residual_ptrs[i] + offset, 16),)
+        if random_state_ptrs is not None:
+            seeds = seeds + (tl.load(random_state_ptrs[i]),)
+            updates = updates + (tl.load(random_state_ptrs[i] + 1),)
+    if aligned:
+        online = tl.multiple_of(address.to(tl.pointer_type(ONLINE)), 16)
+        average_several(
+            table_ptr,
+            emas,
+            online,
+            None if residual_ptrs is None else residuals,
+            skip_counts_ptrs,
+            None if random_state_ptrs is None else seeds,
+            None if random_state_ptrs is None else updates,
+            offset,
+            (length // 8) * 8,
+            momenta,
+            OVERFLOW,
+            BLOCK,
+        )
+    else:
+        SMALL: tl.constexpr = 256 if random_state_ptrs is None else BLOCK // 2
+        average_several(
+            table_ptr,
+            emas,
+            address.to(tl.pointer_type(ONLINE)),
+            None if residual_ptrs is None else residuals,
+            skip_counts_ptrs,
+            None if random_state_ptrs is None else seeds,
+            None if random_state_ptrs is None else updates,
+            offset,
+            length,
+            momenta,
             OVERFLOW,
             SMALL,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ema_triton.ops import kernels
-from ema_triton.ops.kernels import ema_update
+from ema_triton.ops.kernels import ema_update, ema_update_several
 from ema_triton.ops.precision import overflow_threshold
 from ema_triton.plan import Launch
 from ema_triton.state import ALIGNMENT
@@ -26,6 +28,12 @@ EXACT_BLOCK = 1024
 # have fewer than the 8 elements that one call of Philox gives, and without the hint there are
 # barriers. Persistent programs and cache hints are no faster.
 WARPS = 4
+# Several EMAs at once have more tensors in flight: two of them take 31 to 56 registers, three 32 to
+# 70. With noise, a thread of the masked path needs the 8 elements that one call of Philox gives.
+SEVERAL_BLOCK = {2: 1024, 4: 1024, 8: 512}
+STOCHASTIC_SEVERAL_BLOCK = 2048
+# More would take more registers, and save less: 4 + 8 K bytes per fp32 element instead of 12 K.
+MOST_TOGETHER = 3
 # A swap holds both sides until it stores them: 32 to 40 registers.
 EXCHANGE_BLOCK = {2: 2048, 4: 1024, 8: 512}
 
@@ -38,7 +46,29 @@ def update(launch: Launch, momentum: float | Tensor) -> None:
         momentum: The weight of the online tensors: a float, or a 0-d tensor on their device,
             which the kernel reads, so that a captured CUDA graph follows its value.
     """
-    _launch(launch, momentum, len(launch.chunk_table))
+    _launch(launch, launch.effective_momentum(momentum), len(launch.chunk_table))
+
+
+def update_several(launches: Sequence[Launch], momenta: Sequence[float | Tensor]) -> None:
+    """`update` for launches of several EMAs that lie alike: each online element is read once.
+
+    Args:
+        launches: Of one plan, with the same online tensors and EMA tensors of one kind.
+        momenta: Of each. Where one is a tensor, or 1, which copies, that EMA's launch is alone.
+    """
+    together: list[tuple[Launch, float]] = []
+    for launch, momentum in zip(launches, momenta, strict=True):
+        effective = launch.effective_momentum(momentum)
+        if isinstance(effective, Tensor) or effective == 1:
+            update(launch, momentum)
+        else:
+            together.append((launch, effective))
+    for begin in range(0, len(together), MOST_TOGETHER):
+        part = together[begin : begin + MOST_TOGETHER]
+        if len(part) == 1:
+            _launch(*part[0], len(part[0][0].chunk_table))
+        else:
+            _launch_several(part, len(part[0][0].chunk_table))
 
 
 def exchange(launch: Launch) -> None:
@@ -67,7 +97,13 @@ def prepare(launch: Launch) -> None:
     tensor = torch.zeros((), dtype=torch.float32, device=launch.kind.device)
     for momentum in (0.0, 1.0, tensor):
         # A grid without programs is compiled and loaded, not launched.
-        _launch(launch, momentum, 0)
+        _launch(launch, launch.effective_momentum(momentum), 0)
+
+
+def prepare_several(launches: Sequence[Launch]) -> None:
+    """The same for `update_several`, beside `prepare` for each of the launches."""
+    for count in range(2, 1 + min(len(launches), MOST_TOGETHER)):
+        _launch_several([(launch, 0.0) for launch in launches[:count]], 0)
 
 
 def unsupported_reason(launch: Launch) -> str | None:
@@ -91,10 +127,9 @@ def unsupported_device(device: torch.device) -> str | None:
     return f"the tensors are on {device}, which Triton does not drive"
 
 
-def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
-    bucket, kind, effective = launch.bucket, launch.kind, launch.effective_momentum(momentum)
+def _launch(launch: Launch, effective: float | Tensor, chunks: int) -> None:
+    bucket, kind = launch.bucket, launch.kind
     value, pointer = (effective, None) if isinstance(effective, float) else (0.0, effective)
-    skips = launch.skip_counts is not None
     with torch.accelerator.device_index(kind.device.index):  # on which Triton launches
         ema_update[(chunks,)](
             launch.chunk_table,
@@ -106,10 +141,41 @@ def _launch(launch: Launch, momentum: float | Tensor, chunks: int) -> None:
             pointer,
             ONLINE=_online(launch),
             COPY=value == 1,
-            OVERFLOW=overflow_threshold(kind.dtype, kind.precision) if skips else None,
+            OVERFLOW=_overflow(launch),
             BLOCK=EXACT_BLOCK if kind.precision == "exact" else BLOCK[kind.dtype.itemsize],
             num_warps=WARPS,
         )
+
+
+def _launch_several(together: Sequence[tuple[Launch, float]], chunks: int) -> None:
+    launches, momenta = zip(*together, strict=True)
+    first, kind = launches[0], launches[0].kind
+    noisy = kind.precision == "stochastic"
+    with torch.accelerator.device_index(kind.device.index):
+        ema_update_several[(chunks,)](
+            first.chunk_table,
+            tuple(launch.bucket.flat for launch in launches),
+            _tuple_of([launch.bucket.residual for launch in launches]),
+            _tuple_of([launch.bucket.random_state for launch in launches]),
+            _tuple_of([launch.skip_counts for launch in launches]),
+            *momenta,
+            *[0.0] * (MOST_TOGETHER - len(momenta)),
+            ONLINE=_online(first),
+            OVERFLOW=_overflow(first),
+            BLOCK=STOCHASTIC_SEVERAL_BLOCK if noisy else SEVERAL_BLOCK[kind.dtype.itemsize],
+            num_warps=WARPS,
+        )
+
+
+def _tuple_of(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """The tensors as the kernel takes them; None where the launches have none."""
+    return None if tensors[0] is None else tuple(tensors)  # type: ignore[arg-type]
+
+
+def _overflow(launch: Launch) -> float | None:
+    if launch.skip_counts is None:
+        return None
+    return overflow_threshold(launch.kind.dtype, launch.kind.precision)
 
 
 def _online(launch: Launch) -> tl.dtype:

@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.ptx import ARCHITECTURES, CASES, EXCHANGES, KINDS, Variant, line
+from bench.ptx import ARCHITECTURES, CASES, EXCHANGES, KINDS, SEVERAL, Variant, line
 
 ROOT = Path(__file__).parents[2]
+VARIANTS = len(CASES) * len(KINDS) + len(EXCHANGES) + 2 * len(SEVERAL)
 NVIDIA = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
 
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_keeps_the_contract(folder: Path) -> None:
     status, printed, variants = compiled(folder)
-    assert len(variants) == len(NVIDIA) * (len(CASES) * len(KINDS) + len(EXCHANGES))
+    assert len(variants) == len(NVIDIA) * VARIANTS
     assert {str(variant): variant.shortfalls() for variant in variants} == {
         str(variant): [] for variant in variants
     }
@@ -86,6 +87,12 @@ PLAIN = {
 GOOD = {"ld.v4.b32": 8, "st.v4.b32": 4, "ld.b32": 8, "ld.b64": 3, "st.b32": 4}
 
 
+# Two fp32 EMAs, 8 elements of each.
+SEVERAL_GOOD = {
+    "averages": 2,
+    "accesses": {"ld.v4.b32": 6, "st.v4.b32": 4, "ld.b32": 6, "ld.b64": 3, "st.b32": 4},
+}
+
 # 16 elements of bf16, 8 of them at a time on the masked path.
 NOISY = {
     "ema": "bf16",
@@ -102,6 +109,9 @@ NOISY = {
         ({"shared": 1024}, "1024 bytes of shared memory"),
         ({"barriers": 2}, "2 barriers"),
         ({"spills": 8}, "spills of 8"),
+        ({**SEVERAL_GOOD, "registers": 65}, "65 registers, more than 64"),
+        ({**SEVERAL_GOOD, "barriers": 1}, "1 barriers"),
+        ({**SEVERAL_GOOD, "averages": 3}, "8 elements loaded"),
         ({"guarded": True, "registers": 57}, "57 registers, more than 56"),
         ({"guarded": True, "shared": 512}, "512 bytes of shared memory"),
         ({"guarded": True, "barriers": 7}, "7 barriers"),
@@ -169,7 +179,7 @@ def test_compiles_for_amd() -> None:
     run = python("-m", "bench", "ptx", "--arch", "gfx942")
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("gfx942")]
-    assert len(lines) == len(CASES) * len(KINDS) + len(EXCHANGES)
+    assert len(lines) == VARIANTS
     # Four exact elements per thread are 64 bits of a 16-bit dtype.
     assert all("load.dwordx4" in line or ("bf16<-" in line and "exact" in line) for line in lines)
     assert all("load.dwordx2" in line for line in lines if "exact" in line)

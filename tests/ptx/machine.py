@@ -173,7 +173,7 @@ class Program:
             case ["ld", "param", kind]:
                 return self._parameter(*operands, KINDS[kind])
             case ["ld" | "st" as what, "global" | "shared" as space, *how, kind] if {*how} <= HOW:
-                return self._access(what, space, operands, KINDS[kind], active)
+                return self._access(what, space, operands, kind, active)
             case ["mov", kind] if "{" in rest:
                 return self._repack(*operands, kind, active)
             case ["bra", *_]:
@@ -216,9 +216,10 @@ class Program:
         return lambda blocks: write(blocks, kind.numbers(blocks.launch.parameters[number]), ALWAYS)
 
     def _access(
-        self, what: str, space: str, operands: list[str], kind: Kind, active: Source
+        self, what: str, space: str, operands: list[str], type_: str, active: Source
     ) -> Step:
         """A load or a store of one word, or of several neighbours."""
+        kind, wider = KINDS[type_], KINDS.get(WIDER.get(type_, ""))
         place, words = operands[:2] if what == "st" else operands[1::-1]
         symbol, offset = re.fullmatch(r"\[\s*(\S+?)\s*(?:\+\s*(\d+)\s*)?\]", place).groups()
         begin = self._source(symbol, KINDS["u64" if space == "global" else "u32"])
@@ -240,7 +241,11 @@ class Program:
                 memory.store(numbers, addresses, active(blocks), bits)
 
             return store
-        targets = [self._target(name, kind) for name in names]
+        # A register wider than a signed or unsigned integer gets it with its sign, or zeros.
+        targets = [
+            self._target(name, wider if wider and self.width(name) == wider.width else kind)
+            for name in names
+        ]
 
         def load(blocks: Blocks) -> None:
             memory, numbers, addresses = places(blocks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,10 @@ from tests.ptx.memory import Memory, Span
 ARCHITECTURES = (80, 90, 100)
 
 # Where it is active, `compiled_for` has others in their places.
-UPDATE, EXCHANGE = kernels.ema_update, kernels.exchange
+UPDATE, SEVERAL, EXCHANGE = kernels.ema_update, kernels.ema_update_several, kernels.exchange
+
+# Arguments that every block may read.
+READ = ("table_ptr", "random_state_ptr", "random_state_ptrs", "momentum_ptr")
 
 # Decoding takes longer than a small launch.
 decoded = lru_cache(256)(Program)
@@ -49,20 +53,18 @@ class Kernel:
 
     def _launch(self, grid: tuple[int], *values: Any, **options: Any) -> None:
         compiled = self.jitted.warmup(*values, grid=grid, **options)
-        arguments = dict(zip(self.jitted.arg_names, values, strict=False))
-        arguments = {
-            name: value
-            for name, value in arguments.items()
-            if compiled.src.signature[name] != "constexpr"
-        }
-        read = [
-            Span.of(name, arguments[name])
-            for name in ("table_ptr", "random_state_ptr", "momentum_ptr")
-            if name in arguments
+        signature = compiled.src.signature
+        arguments = [
+            (name, value)
+            for name, given in zip(self.jitted.arg_names, values, strict=False)
+            if signature[name] != "constexpr"
+            for value in (given if isinstance(given, tuple) else [given])
         ]
+        read = [Span.of(name, value) for name, value in arguments if name in READ]
         program = decoded(self.edit(compiled.asm["ptx"]))
         # Behind its arguments a program has pointers to scratch memory, which it does not use.
-        parameters = [*map(_bits, arguments.values()), *[np.zeros((1, 1), "u8")] * 2]
+        values = [value for _, value in arguments]
+        parameters = [*map(_bits, values), *[np.zeros((1, 1), "u8")] * 2]
         memory = Memory(self.everyone + read, self.own)
         program.run(machine.Launch(grid[0], parameters, compiled.metadata.shared, memory))
 
@@ -88,12 +90,18 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
     )
-    update, exchange = Kernel(UPDATE, edit), Kernel(EXCHANGE, edit)
+    update, several, exchange = (Kernel(one, edit) for one in (UPDATE, SEVERAL, EXCHANGE))
     launch_update, launch_exchange = triton_backend._launch, triton_backend.exchange
+    launch_several = triton_backend._launch_several
 
     def updating(one: Launch, momentum: float | Tensor, chunks: int) -> None:
         update.own = spans_of(one)
         launch_update(one, momentum, chunks)
+
+    def updating_several(together: list[tuple[Launch, float]], chunks: int) -> None:
+        of_launches = [spans_of(one) for one, _ in together]
+        several.own = [[*chain(*of_block)] for of_block in zip(*of_launches, strict=True)]
+        launch_several(together, chunks)
 
     def exchanging(one: Launch) -> None:
         exchange.own = spans_of(one, exchanges=True)
@@ -105,7 +113,9 @@ def compiled_for(architecture: int, edit: Callable[[str], str] = str) -> Iterato
         patch.setattr(triton_backend, "unsupported_device", lambda device: None)
         patch.setattr(triton_backend, "ema_update", update)
         patch.setattr(kernels, "exchange", exchange)
+        patch.setattr(triton_backend, "ema_update_several", several)
         patch.setattr(triton_backend, "_launch", updating)
+        patch.setattr(triton_backend, "_launch_several", updating_several)
         patch.setattr(triton_backend, "exchange", exchanging)
         try:
             yield
