@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,13 @@ from ema_triton.ops.precision import (
     join_residual,
     split_residual,
 )
-from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage_ptr, unsupported
+from ema_triton.pairing import (
+    INTEGERS,
+    REAL_DTYPE,
+    quoted,
+    storage_ptr,
+    unsupported,
+)
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state, schedule_to_state
 from ema_triton.state import EMAState
 
@@ -311,3 +317,29 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
             f"seed {ema.seed} and its count of {ema.stochastic_updates} updates"
         )
     return remarks
+
+
+def restore(saved: SavedState, ema: EMAState, remarks: Sequence[str]) -> list[str]:
+    """Load a saved state, and have its schedule replace the EMA's.
+
+    Args:
+        saved: The saved state.
+        ema: The EMA's state.
+        remarks: What there is to say of the saved state already.
+
+    Returns:
+        Warnings: what was lost, and that another schedule was replaced.
+
+    Raises:
+        ValueError: Names, shapes or kinds of tensors differ. Nothing was written.
+    """
+    lost = [*load(saved, ema), *remarks]
+    said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
+    if saved.schedule is not None:
+        if ema.schedule not in (None, saved.schedule):
+            said.append(
+                f"The checkpoint's schedule {saved.schedule} replaces {ema.schedule}. To use "
+                "another one, assign `schedule` after loading."
+            )
+        ema.schedule = saved.schedule
+    return said
