@@ -127,11 +127,8 @@ class EMAHandler:
         return self.ema.model
 
     @model.setter
-    def model(self, _: nn.Module) -> NoReturn:
-        raise AttributeError(
-            "EMAHandler.model cannot be assigned: its tensors are paired with the EMA's. Load "
-            "other weights into it and call handler.sync(), or build a new EMAHandler."
-        )
+    def model(self, model: nn.Module) -> None:
+        self.ema.model = model  # an AttributeError that says why
 
     @property
     def ema_model(self) -> nn.Module:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class ModelEMA:
             precision=precision,
             nonfinite=nonfinite,
         )
-        self.model = unwrap(model)
+        self._model = unwrap(model)
         self.handle_buffers = handle_buffers
         self.precision = precision
         self.nonfinite = nonfinite
@@ -151,6 +151,18 @@ class ModelEMA:
         if self._state.module is not None:
             self._state.module.requires_grad_(False)
             self._state.module.train(handle_buffers == "ema_train")
+
+    @property
+    def model(self) -> nn.Module:
+        """The online model, unwrapped."""
+        return self._model
+
+    @model.setter
+    def model(self, _: nn.Module) -> NoReturn:
+        raise AttributeError(
+            "The online model cannot be assigned: its tensors are paired with the EMA's. Load "
+            "other weights into it and call sync(), or build a new ModelEMA (or EMAHandler)."
+        )
 
     @property
     def ema_model(self) -> nn.Module:
@@ -223,6 +235,31 @@ class ModelEMA:
         """
         with self._lock, DeferSigint(), torch.no_grad():
             foreach_backend.sync(*self._planner.outside_swap(self._swap, "sync()"))
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Copy the EMA's parameters and persistent buffers into a model's tensors.
+
+        For example another instance's when the training ends, or the online model's to train on
+        from the EMA. Their dtypes and devices stay. Parameters that the EMA does not hold are the
+        online model's. All is compared before anything is copied, and SIGINT is deferred meanwhile.
+
+        Args:
+            model: A model with the online model's names and shapes, and sharded likewise if that
+                is. A `DistributedDataParallel` or `torch.compile` wrapper is taken off.
+
+        Raises:
+            ValueError: Names, shapes or kinds of tensors do not fit. Nothing has been copied then.
+            RuntimeError: The models' weights are swapped.
+
+        Example:
+            >>> model, ema = torch.nn.Linear(2, 1), ModelEMA(torch.nn.Linear(2, 1))
+            >>> ema.copy_to(model)
+            >>> torch.equal(model.weight, ema.ema_model.weight)
+            True
+        """
+        with self._lock, DeferSigint(), torch.no_grad():
+            self._planner.outside_swap(self._swap, "copy_to()")
+            state_dict.copy_to(self._state, self.model, model)
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
         """A context in which the online model has the EMA's weights and buffers, to be evaluated.

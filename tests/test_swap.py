@@ -138,6 +138,7 @@ CALLS: dict[str, Callable[[ModelEMA], object]] = {
     "swapped()": lambda ema: ema.swapped().__enter__(),
     "load_state_dict()": lambda ema: ema.load_state_dict(ema.state_dict()),
     "distance()": lambda ema: ema.distance(),
+    "copy_to()": lambda ema: ema.copy_to(Net()),
     "copying or pickling the EMA": copy.deepcopy,
     "copying or pickling the EMA ": pickle.dumps,
 }
