@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from ema_triton.modules import unwrap
+from ema_triton.modules import Slots, are_sharded, check_model, unwrap
 from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE
 from ema_triton.plan import Launch
 
@@ -76,8 +76,8 @@ def check_choices(seed: object, **given: object) -> None:
 
 def check_holder(
     model: nn.Module, ema_model: nn.Module | None, as_module: bool, handle_buffers: str
-) -> None:
-    """Raise ValueError unless the EMA's tensors can be held as they are asked to be."""
+) -> nn.Module | None:
+    """The given EMA model, unwrapped; raise unless the EMA can be held as it is asked to be."""
     if not as_module and ema_model is not None:
         raise ValueError(
             "as_module=False makes an EMA without a module, but an ema_model is given. Leave one "
@@ -88,11 +88,34 @@ def check_holder(
             "handle_buffers='ema_train' leaves the buffers to the EMA model, but with "
             "as_module=False there is none. Give 'copy' or 'update', or leave as_module out."
         )
-    if ema_model is not None and unwrap(ema_model) is model:
+    if ema_model is None:
+        return None
+    check_model(ema_model)
+    if unwrap(ema_model) is model:
         raise ValueError(
             "ema_model is the online model itself, so there is nothing to average. Give another "
             "instance of it, or leave ema_model out to have a copy made."
         )
+    return unwrap(ema_model)
+
+
+def check_has_module(module: nn.Module | None, slots: Slots) -> nn.Module:
+    """The EMA model; raise RuntimeError if there is none.
+
+    Args:
+        module: The EMA model.
+        slots: Where the EMA's tensors live.
+    """
+    if module is None:
+        reason, remedy = "The EMA was built with as_module=False", "leave as_module out"
+        if are_sharded(slots):
+            reason = "The model is sharded, so that its EMA is kept in parts"
+            remedy = "give an ema_model that is sharded likewise"
+        raise RuntimeError(
+            f"{reason}, and there is no ema_model. Evaluate the online model with the EMA's "
+            f"weights (with ema.swapped() as model: ...), or {remedy}."
+        )
+    return module
 
 
 def check_momentum(momentum: object) -> float | Tensor:

@@ -27,6 +27,8 @@ except ImportError as error:
     ) from error
 
 from ema_triton.model_ema import ModelEMA
+from ema_triton.modules import unwrap
+from ema_triton.pairing import quoted
 from ema_triton.schedules import Constant, LinearWarmup, Schedule, momentum_from
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from ema_triton.arguments import Options
 
 DEFAULT_MOMENTUM = 0.0002
+
+# Where a swapped evaluation ends: the weights are swapped back before anything else happens there.
+_SWAP_ENDS = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
 
 
 @dataclass(eq=False)
@@ -127,11 +132,8 @@ class EMAHandler:
         return self.ema.model
 
     @model.setter
-    def model(self, _: nn.Module) -> NoReturn:
-        raise AttributeError(
-            "EMAHandler.model cannot be assigned: its tensors are paired with the EMA's. Load "
-            "other weights into it and call handler.sync(), or build a new EMAHandler."
-        )
+    def model(self, model: nn.Module) -> None:
+        self.ema.model = model  # an AttributeError that says why
 
     @property
     def ema_model(self) -> nn.Module:
@@ -262,7 +264,8 @@ class EMAHandler:
                     UserWarning,
                     stacklevel=2,
                 )
-        if any(self._is_saved_by(entry) for one in events for entry in engine._event_handlers[one]):
+        saved = [_saved_by(entry) for one in events for entry in engine._event_handlers[one]]
+        if any(map(self._is_among, saved)):
             warnings.warn(
                 "A Checkpoint that saves this EMAHandler is attached to the same event already, "
                 "and so runs before each update: what it saves lacks the last one, and a resumed "
@@ -288,8 +291,9 @@ class EMAHandler:
         """Make every run of this engine evaluate the online model with the EMA's weights.
 
         The weights are swapped at EPOCH_STARTED, and swapped back before anything else happens at
-        COMPLETED, TERMINATE, INTERRUPT or EXCEPTION_RAISED: a `Checkpoint` at COMPLETED saves the
-        online weights. See `ModelEMA.swapped`.
+        COMPLETED, TERMINATE, INTERRUPT or EXCEPTION_RAISED. A `Checkpoint` at COMPLETED that keeps
+        the best score has to save the EMA, `{"ema": handler}`: of the online model, whose weights
+        have another score, there is a warning. See `ModelEMA.swapped`.
 
         Args:
             evaluator: The engine that evaluates `model`; not the trainer.
@@ -300,9 +304,11 @@ class EMAHandler:
         """
         attachment = self._attachment_to(evaluator, "evaluator")
         entered: list[AbstractContextManager[nn.Module]] = []
+        warned: set[str] = set()  # of these keys of a Checkpoint
 
         def begin() -> None:
             if not entered:
+                self._warn_of_online_weights(evaluator, warned)  # one attached since then
                 context = self.ema.swapped()
                 context.__enter__()
                 entered.append(context)
@@ -321,14 +327,14 @@ class EMAHandler:
         # An engine that was interrupted continues without another EPOCH_STARTED.
         for event in (Events.EPOCH_STARTED, Events.ITERATION_STARTED):
             undo.enter_context(evaluator.add_event_handler(event, begin))
-        ends = (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED)
-        for event in ends:
+        for event in _SWAP_ENDS:
             listener = fail if event is Events.EXCEPTION_RAISED else end
             undo.enter_context(evaluator.add_event_handler(event, listener))
             listeners = evaluator._event_handlers[event]
             listeners.insert(0, listeners.pop())
         undo.callback(end)
         attachment.name = ""
+        self._warn_of_online_weights(evaluator, warned)
 
     def sync(self) -> None:
         """Copy the online model into the EMA model, e.g. after loading weights into the former."""
@@ -416,17 +422,63 @@ class EMAHandler:
             )
         return attachment
 
-    def _is_saved_by(self, entry: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
-        listener, args, kwargs = entry
-        # From sys.modules: importing it is slow, and if it is not imported there is no Checkpoint.
-        checkpoint = sys.modules.get("ignite.handlers.checkpoint")
-        listener = getattr(listener, "__wrapped__", listener)  # Ignite wraps those with a filter
-        if checkpoint is None or not isinstance(listener, checkpoint.Checkpoint):
-            return False
-        # A ModelCheckpoint gets its objects as an argument, when the event fires.
-        arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
-        saved = {id(one) for objects in (listener.to_save, *arguments) for one in objects.values()}
-        return not saved.isdisjoint(map(id, (self, self.ema, self.ema._state.module)))
+    def _is_among(self, saved: Mapping[str, object]) -> bool:
+        """Whether the EMA is among what a Checkpoint saves, in whatever form."""
+        own = (self, self.ema, self.ema._state.module)
+        objects = [unwrap(one) if isinstance(one, nn.Module) else one for one in saved.values()]
+        return any(one is not None and one is mine for one in objects for mine in own)
+
+    def _warn_of_online_weights(self, evaluator: Engine, warned: set[str]) -> None:
+        """Warn of Checkpoints that save the online model by the EMA's score, of each key once.
+
+        A Checkpoint without a score is one of the training, and right.
+        """
+        parameters = {id(parameter) for parameter in self.model.parameters()}
+        keys = []
+        for event in _SWAP_ENDS:
+            for entry in evaluator._event_handlers.get(event, ()):
+                saved = _saved_by(entry, with_score=True)
+                if not self._is_among(saved):
+                    keys += [
+                        key
+                        for key, one in saved.items()
+                        if isinstance(one, nn.Module)
+                        and not parameters.isdisjoint(map(id, one.parameters()))
+                    ]
+        keys = [key for key in dict.fromkeys(keys) if key not in warned]
+        if keys:
+            warned.update(keys)
+            alone = "" if self.ema._state.module is None else ", or handler.ema_model alone"
+            warnings.warn(
+                f"The Checkpoint on this evaluator saves the online model ({quoted(keys)}) under "
+                "the EMA's score: the evaluation runs with the EMA's weights, and they are swapped "
+                "back before COMPLETED. What it saves as the best was never evaluated. Save "
+                f"{{'ema': handler}} instead{alone}.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _saved_by(
+    entry: tuple[Any, tuple[Any, ...], dict[str, Any]], *, with_score: bool = False
+) -> dict[str, object]:
+    """What a listener of an engine saves, by key; nothing if it is no Checkpoint.
+
+    Args:
+        entry: The listener and its arguments, as the engine has them.
+        with_score: Whether only Checkpoints count that keep what has the best score.
+    """
+    listener, args, kwargs = entry
+    # From sys.modules: importing it is slow, and if it is not imported there is no Checkpoint.
+    checkpoint = sys.modules.get("ignite.handlers.checkpoint")
+    listener = getattr(listener, "__wrapped__", listener)  # Ignite wraps those with a filter
+    if checkpoint is None or not isinstance(listener, checkpoint.Checkpoint):
+        return {}
+    if with_score and listener.score_function is None:
+        return {}
+    # A ModelCheckpoint gets its objects as an argument, when the event fires.
+    arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
+    return {key: one for objects in (listener.to_save, *arguments) for key, one in objects.items()}
 
 
 def _schedule_from_arguments(

@@ -11,38 +11,27 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils.hooks import RemovableHandle
 
-from ema_triton import distance
-from ema_triton.arguments import check_choices, check_holder, check_momentum, check_momentum_fits
-from ema_triton.checkpoint import interop
-from ema_triton.checkpoint.state_dict import SavedState, build, load, read_weights, scatter_state
-from ema_triton.distance import Distance
+from ema_triton import arguments, distance
+from ema_triton.checkpoint import interop, state_dict
+from ema_triton.checkpoint.state_dict import SavedState, build, read_weights, scatter_state
 from ema_triton.distributed import collectives
+from ema_triton.following import Following
 from ema_triton.interrupts import DeferSigint, SwapContext
-from ema_triton.modules import (
-    are_sharded,
-    check_model,
-    slots_of,
-    unwrap,
-)
+from ema_triton.modules import are_sharded, check_model, slots_of, unwrap
 from ema_triton.ops import foreach_backend
-from ema_triton.pairing import (
-    check_selection,
-    check_tensors,
-    left_out,
-)
-from ema_triton.plan import Plan
+from ema_triton.pairing import check_selection, check_tensors, left_out
 from ema_triton.planner import Planner
-from ema_triton.schedules import Schedule, check_schedule, momentum_from
+from ema_triton.schedules import Schedule, check_schedule
 from ema_triton.selection import Selection
 from ema_triton.state import EMAState
-from ema_triton.swap import Swap, open_swaps
+from ema_triton.swap import Swap, refuse_inside
 
 
 class ModelEMA:
@@ -92,12 +81,6 @@ class ModelEMA:
             dtype: "propagate" lets it in, as torch does; "skip" keeps the EMA's old value there
             and counts, see `nonfinite_counts`. Of what is averaged; a copy is a copy.
 
-    Attributes:
-        model: The online model, unwrapped.
-        handle_buffers: As given.
-        precision: As given.
-        nonfinite: As given.
-
     Raises:
         ValueError: An argument is not one of the accepted values; the model is not a Module; names
             or shapes of `model` and `ema_model` disagree; a tensor has no memory.
@@ -132,7 +115,7 @@ class ModelEMA:
         nonfinite: str = "propagate",
     ) -> None:
         check_model(model)
-        check_choices(
+        arguments.check_choices(
             seed,
             handle_buffers=handle_buffers,
             backend=backend,
@@ -140,23 +123,20 @@ class ModelEMA:
             precision=precision,
             nonfinite=nonfinite,
         )
-        self.model = unwrap(model)
+        self._model = unwrap(model)
         self.handle_buffers = handle_buffers
         self.precision = precision
         self.nonfinite = nonfinite
         selection = Selection.of(include, exclude, momentum_scale)
-        self._following: RemovableHandle | None = None
+        self._following: Following | None = None
         self._swap: Swap | None = None
         self._lock = threading.RLock()
         self._warned = False
-        if ema_model is not None:
-            check_model(ema_model)
         online = slots_of(self.model)
         check_tensors(online)
         check_selection(selection, online, handle_buffers)
-        check_holder(self.model, ema_model, as_module, handle_buffers)
         self._state = EMAState(
-            None if ema_model is None else unwrap(ema_model),
+            arguments.check_holder(self.model, ema_model, as_module, handle_buffers),
             handle_buffers=handle_buffers,
             selection=selection,
             left_out=() if as_module else left_out(online, selection),
@@ -165,7 +145,6 @@ class ModelEMA:
             guarded=nonfinite == "skip",
         )
         if ema_model is None:
-            as_module = as_module and not are_sharded(online)
             self._state.build(self.model, online, ema_dtype, as_module=as_module)
         self._planner = Planner(self.model, self._state, backend)
         self._planner.make(online, ema_dtype)
@@ -174,22 +153,25 @@ class ModelEMA:
             self._state.module.train(handle_buffers == "ema_train")
 
     @property
+    def model(self) -> nn.Module:
+        """The online model, unwrapped."""
+        return self._model
+
+    @model.setter
+    def model(self, _: nn.Module) -> NoReturn:
+        raise AttributeError(
+            "The online model cannot be assigned: its tensors are paired with the EMA's. Load "
+            "other weights into it and call sync(), or build a new ModelEMA (or EMAHandler)."
+        )
+
+    @property
     def ema_model(self) -> nn.Module:
         """The EMA model, in eval mode unless `handle_buffers` is "ema_train".
 
         Raises:
             RuntimeError: There is none: with as_module=False, and of a sharded model.
         """
-        if self._state.module is None:
-            reason, remedy = "The EMA was built with as_module=False", "leave as_module out"
-            if are_sharded(self._state.slots()):
-                reason = "The model is sharded, so that its EMA is kept in parts"
-                remedy = "give an ema_model that is sharded likewise"
-            raise RuntimeError(
-                f"{reason}, and there is no ema_model. Evaluate the online model with the EMA's "
-                f"weights (with ema.swapped() as model: ...), or {remedy}."
-            )
-        return self._state.module
+        return arguments.check_has_module(self._state.module, self._state.slots())
 
     @property
     def update_index(self) -> int:
@@ -227,11 +209,11 @@ class ModelEMA:
             RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
                 swapped.
         """
-        momentum = check_momentum(momentum)
+        momentum = arguments.check_momentum(momentum)
         with self._lock, torch.no_grad():
-            plan, online = self._plan_outside_swap("update()")
+            plan, online = self._planner.outside_swap(self._swap, "update()")
             if not self._warned or isinstance(momentum, Tensor):
-                remark = check_momentum_fits(momentum, plan.launches)
+                remark = arguments.check_momentum_fits(momentum, plan.launches)
                 if remark is not None:
                     self._warned = True
                     warnings.warn(remark, stacklevel=4)  # past the two frames of _disable_dynamo
@@ -252,8 +234,32 @@ class ModelEMA:
             RuntimeError: The models' weights are swapped.
         """
         with self._lock, DeferSigint(), torch.no_grad():
-            plan, online = self._plan_outside_swap("sync()")
-            foreach_backend.sync(plan, online)
+            foreach_backend.sync(*self._planner.outside_swap(self._swap, "sync()"))
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Copy the EMA's parameters and persistent buffers into a model's tensors.
+
+        For example another instance's when the training ends, or the online model's to train on
+        from the EMA. Their dtypes and devices stay. Parameters that the EMA does not hold are the
+        online model's. All is compared before anything is copied, and SIGINT is deferred meanwhile.
+
+        Args:
+            model: A model with the online model's names and shapes, and sharded likewise if that
+                is. A `DistributedDataParallel` or `torch.compile` wrapper is taken off.
+
+        Raises:
+            ValueError: Names, shapes or kinds of tensors do not fit. Nothing has been copied then.
+            RuntimeError: The models' weights are swapped.
+
+        Example:
+            >>> model, ema = torch.nn.Linear(2, 1), ModelEMA(torch.nn.Linear(2, 1))
+            >>> ema.copy_to(model)
+            >>> torch.equal(model.weight, ema.ema_model.weight)
+            True
+        """
+        with self._lock, DeferSigint(), torch.no_grad():
+            self._planner.outside_swap(self._swap, "copy_to()")
+            state_dict.copy_to(self._state, self.model, model)
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
         """A context in which the online model has the EMA's weights and buffers, to be evaluated.
@@ -279,16 +285,13 @@ class ModelEMA:
         return SwapContext(self.swap_in, self.swap_out)
 
     def swap_in(self) -> nn.Module:
-        """Begin what `swapped` does, where a framework has hooks for its start and its end.
-
-        Returns:
-            The online model, with the EMA's weights until `swap_out`.
+        """Begin what `swapped` does, up to `swap_out`, for separate hooks; the online model.
 
         Raises:
             RuntimeError: They are swapped already.
         """
         with self._lock, torch.no_grad():
-            plan, _ = self._plan_outside_swap("swapped()")
+            plan, _ = self._planner.outside_swap(self._swap, "swapped()")
             swap = Swap(self.model, self._state.module, plan)
             swap.enter()
             self._swap = swap
@@ -305,24 +308,29 @@ class ModelEMA:
             with stream, torch._C._DisableTorchDispatch():
                 swap.leave()
 
-    def follow(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> RemovableHandle:
-        """Update after every step that the optimizer really makes.
+    def follow(self, optimizer: object, schedule: Schedule, *, every: int = 1) -> Following:
+        """Update after every step that the optimizer really makes, or after every n-th.
 
         Accumulating gradients makes no step, nor does `GradScaler` where gradients overflowed. (A
         fused optimizer is called then too, and is asked whether it stepped, which waits for the
         device; of other optimizers `GradScaler` has waited itself.)
 
         Args:
-            optimizer: The optimizer of the online model.
+            optimizer: The optimizer of the online model. Of a wrapper (SAM, Lookahead, those of
+                accelerate, Lightning and apex), the steps of the optimizer inside count. Where the
+                wrapper's `step` calls hooks too, as a torch optimizer's, the update comes after it.
             schedule: From the update index, counting from 1, to the momentum; also in `schedule`.
+            every: Update after every n-th step, counting from this call, also in a resumed run. A
+                half-life stays one in steps with `HalfLife(half_life, every)`.
 
         Returns:
             A handle whose `remove()` ends it.
 
         Raises:
             RuntimeError: It follows an optimizer already.
-            ValueError: The optimizer has none of the model's parameters.
-            TypeError: The schedule is not a function.
+            ValueError: The optimizer has none of the model's parameters, or `every` is below 1.
+            TypeError: The schedule is not a function, the optimizer's steps cannot be noticed, or
+                `every` is not an integer.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -334,22 +342,10 @@ class ModelEMA:
             >>> ema.update_index
             1
         """
-        hooks = None if self._following is None else self._following.hooks_dict_ref()
-        if self._following is not None and hooks is not None and self._following.id in hooks:
-            raise RuntimeError(
-                "This EMA follows an optimizer already; following two, it would update twice per "
-                "iteration. Call remove() on the first handle, or follow the optimizer that steps "
-                "last."
-            )
         check_schedule(schedule)
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(parameter) in trained for parameter in self.model.parameters()):
-            raise ValueError(
-                "The optimizer has none of this model's parameters, so its steps do not change the "
-                "model. Give the optimizer that trains it, and build that after moving the model."
-            )
+        update = self._update_by_schedule
+        self._following = Following(optimizer, self.model, update, every, self._following)
         self._state.schedule = schedule
-        self._following = optimizer.register_step_post_hook(self._after_step)
         return self._following
 
     @property
@@ -397,7 +393,7 @@ class ModelEMA:
         with self._lock:
             return self._state.skip_counts()
 
-    def distance(self) -> Distance:
+    def distance(self) -> distance.Distance:
         r"""How far the EMA is from the online model, overall and by top-level module.
 
         .. math:: \|\theta_{EMA} - \theta\|_2 \text{ and } \|\theta\|_2
@@ -419,7 +415,7 @@ class ModelEMA:
             4.0
         """
         with self._lock, torch.no_grad():
-            plan, _ = self._plan_outside_swap("distance()")
+            plan, _ = self._planner.outside_swap(self._swap, "distance()")
             return distance.measure(plan.averaged, plan.launches)
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
@@ -467,7 +463,7 @@ class ModelEMA:
         what = "load_state_dict()"
         if full_state_dict:
             with self._lock, torch.no_grad():
-                self._refuse_inside_swap(what)
+                refuse_inside(self._swap, what)
                 self._planner.reshard()
                 self._load(scatter_state(state, self._state), what)
         else:
@@ -488,13 +484,10 @@ class ModelEMA:
             ImportError: safetensors is not installed.
         """
         with self._lock:
-            if not are_sharded(self._state.slots()):
-                interop.write_safetensors(path, self.state_dict()["weights"], self.update_index)
-                return
-            weights = self.state_dict(full_state_dict=True).get("weights", {})
-            collectives.on_rank0(
-                lambda: interop.write_safetensors(path, weights, self.update_index)
-            )
+            full = are_sharded(self._state.slots())
+            weights = self.state_dict(full_state_dict=full).get("weights", {})
+            write = partial(interop.write_safetensors, path, weights, self.update_index)
+            collectives.on_rank0(write) if full else write()
 
     def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         """Load the weights that this or another library saved, and go on from there.
@@ -525,26 +518,18 @@ class ModelEMA:
     def _load(self, found: SavedState, what: str, remarks: Sequence[str] = ()) -> None:
         """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
-            self._refuse_inside_swap(what)
+            refuse_inside(self._swap, what)
             self._planner.current()  # replaced tensors are in the state's buckets again
             with DeferSigint():
-                lost = [*load(found, self._state), *remarks]
+                said = state_dict.restore(found, self._state, remarks)
                 self._planner.plan.wrote()
-                said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
-                if found.schedule is not None:
-                    if self.schedule not in (None, found.schedule):
-                        said.append(
-                            f"The checkpoint's schedule {found.schedule} replaces "
-                            f"{self.schedule}. To use another one, assign `schedule` after loading."
-                        )
-                    self.schedule = found.schedule
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what follows an optimizer, which a copy does not."""
         with self._lock:
-            self._refuse_inside_swap("copying or pickling the EMA")
+            refuse_inside(self._swap, "copying or pickling the EMA")
             state = {**self.__dict__, "_following": None}
             del state["_lock"]
             return state
@@ -559,29 +544,5 @@ class ModelEMA:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
-    def _plan_outside_swap(self, what: str) -> tuple[Plan, list[Tensor]]:
-        """A plan that is not stale, and the online tensors that it copies; none is swapped."""
-        self._refuse_inside_swap(what)
-        plan, online = self._planner.current()
-        if open_swaps and any(swap.has_tensors_of(plan) for swap in open_swaps):
-            raise RuntimeError(
-                f"{what} while another EMA of this online model is swapped: the online model holds "
-                "that EMA's weights. Leave the context of its swapped() first. Nothing was changed."
-            )
-        return plan, online
-
-    def _refuse_inside_swap(self, what: str) -> None:
-        if self._swap is not None:
-            raise RuntimeError(
-                f"{what} while the models' weights are swapped: the online model holds the EMA's. "
-                "Leave the context of swapped() (or end the evaluation that attach_swap() belongs "
-                "to) first. Nothing was changed."
-            )
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # Where GradScaler leaves it to the optimizer to skip the step, this says whether it did.
-        overflowed = getattr(optimizer, "found_inf", None)
-        if overflowed is not None and bool(overflowed):
-            return
-        assert self.schedule is not None
-        self.update(momentum_from(self.schedule, self.update_index + 1))
+    def _update_by_schedule(self) -> None:
+        self.update(self._state.next_momentum())

@@ -13,6 +13,7 @@ from ema_triton.distributed import dtensor
 from ema_triton.modules import Slots, slots_of
 from ema_triton.plan import Plan, make_plan
 from ema_triton.state import EMAState
+from ema_triton.swap import Swap, open_swaps, refuse_inside
 
 logger = logging.getLogger("ema_triton")
 
@@ -51,6 +52,22 @@ class Planner:
             online = self.make(slots_of(self._model)).online_copies()
         assert online is not None  # just planned
         return self.plan, online
+
+    def outside_swap(self, own: Swap | None, what: str) -> tuple[Plan, list[Tensor]]:
+        """The same; raise if the online model is swapped.
+
+        Args:
+            own: The swap of this EMA, if it is entered.
+            what: The method that needs the online model's own weights.
+        """
+        refuse_inside(own, what)
+        plan, online = self.current()
+        if open_swaps and any(swap.has_tensors_of(plan) for swap in open_swaps):
+            raise RuntimeError(
+                f"{what} while another EMA of this online model is swapped: the online model holds "
+                "that EMA's weights. Leave the context of its swapped() first. Nothing was changed."
+            )
+        return plan, online
 
     def reshard(self) -> None:
         """Have the modules of an EMA model that is sharded show their shards."""

@@ -49,19 +49,7 @@ class _Schedule:
 
     def _check_count(self, name: str, least: int = 1) -> None:
         """Raise unless the field is an integer, and make it an int."""
-        value = getattr(self, name)
-        count = round(value) if _is_number(value) and math.isfinite(value) else None
-        # A float may be an integer up to a few roundings: 0.29 * 100 is below 29.
-        if count is None or not math.isclose(value, count, rel_tol=2**-50):
-            raise TypeError(
-                f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
-                "give an integer."
-            )
-        if count < least:
-            raise ValueError(
-                f"Invalid {name}: {value}. It counts updates or steps: give at least {least}."
-            )
-        object.__setattr__(self, name, int(count))
+        object.__setattr__(self, name, check_count(name, getattr(self, name), least))
 
 
 @dataclass(frozen=True)
@@ -468,6 +456,22 @@ def momentum_from(schedule: Schedule, update_index: int) -> float:
             "schedule gives the weight of the online weights (1 - decay), in [0, 1]."
         )
     return float(momentum)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:  # noqa: ANN401
+    """The argument as an int; raise unless it is an integer, and large enough."""
+    count = round(value) if _is_number(value) and math.isfinite(value) else None
+    # A float may be an integer up to a few roundings: 0.29 * 100 is below 29.
+    if count is None or not math.isclose(value, count, rel_tol=2**-50):
+        raise TypeError(
+            f"Invalid {name}: {value!r}, a {type(value).__name__}. It counts updates or steps: "
+            "give an integer."
+        )
+    if count < least:
+        raise ValueError(
+            f"Invalid {name}: {value}. It counts updates or steps: give at least {least}."
+        )
+    return int(count)
 
 
 def check_schedule(schedule: object) -> None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slots, copy_model, empty_slots, slots_of
+from ema_triton.modules import Slots, are_sharded, copy_model, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
 from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key, pair_models
-from ema_triton.schedules import Schedule
+from ema_triton.schedules import Schedule, momentum_from
 from ema_triton.selection import Selection
 
 # Elements in a chunk, the work of one Triton program.
@@ -151,13 +151,16 @@ class EMAState:
     def build(
         self, model: nn.Module, online: Slots, ema_dtype: torch.dtype | None, *, as_module: bool
     ) -> None:
-        """Copy the tensors of the online model, and if asked for the module around them."""
+        """Copy the tensors of the online model, and if asked for the module around them.
+
+        Around parts of tensors there is none.
+        """
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             averages_all = self._handle_buffers == "update"
             self._own_slots = empty_slots(online, self._left_out, non_persistent=averages_all)
             self.lay_out(online, ema_dtype, new=True)
-            if as_module:
+            if as_module and not are_sharded(online):
                 own = self._own_slots.items()
                 tensors = {online[name].whole(): slot.whole() for name, slot in own}
                 self.module, self._own_slots = copy_model(model, tensors), {}
@@ -173,6 +176,11 @@ class EMAState:
             for name, slot in self.slots().items()
             if slot.persistent and (whole := slot.whole()) is not None
         }
+
+    def next_momentum(self) -> float:
+        """The schedule's momentum for the next update."""
+        assert self.schedule is not None
+        return momentum_from(self.schedule, self.update_index + 1)
 
     def residual_of(self, name: str, tensor: Tensor) -> Tensor | None:
         """The residual of this EMA tensor, for `join_residual`; None if it has none."""

@@ -156,6 +156,17 @@ open_swaps: WeakSet[Swap] = WeakSet()
 
 _swaps = count()
 
+
+def refuse_inside(swap: Swap | None, what: str) -> None:
+    """Raise if the EMA's own swap is entered."""
+    if swap is not None:
+        raise RuntimeError(
+            f"{what} while the models' weights are swapped: the online model holds the EMA's. "
+            "Leave the context of swapped() (or end the evaluation that attach_swap() belongs "
+            "to) first. Nothing was changed."
+        )
+
+
 set_versions = torch._C._autograd._unsafe_set_version_counter
 
 

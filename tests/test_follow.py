@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton import ModelEMA
-from ema_triton.schedules import Constant, CosineRamp, Delayed, InverseDecay, LinearWarmup, Schedule
+from ema_triton.schedules import (
+    Constant,
+    CosineRamp,
+    Delayed,
+    HalfLife,
+    InverseDecay,
+    LinearWarmup,
+    Schedule,
+)
 from tests.states import saved
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -287,6 +295,74 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(again: object) -> None:
     assert equal(model, twin)
     assert equal(ema.ema_model, resumed.ema_model)
     assert resumed.update_index == 6
+
+
+@pytest.mark.parametrize("every", [1, 3, 4.0])
+def test_it_may_update_after_every_nth_step(every: int) -> None:
+    model = network()
+    optimizer, schedule = OPTIMIZERS["SGD"](model.parameters()), LinearWarmup(0.5, 0.1, 3)
+    following, by_hand = ModelEMA(model), ModelEMA(model)
+    following.follow(optimizer, schedule, every=every)
+    for count in range(1, 14):
+        step(model, optimizer)
+        if count % every == 0:
+            by_hand.update(schedule(by_hand.update_index + 1))
+        assert following.update_index == count // every
+        assert equal(following.ema_model, by_hand.ema_model)
+
+
+def test_every_nth_step_goes_with_a_half_life_in_steps() -> None:
+    """The weight stands still, so that the distance halves in so many steps, however it is cut."""
+    for every in (1, 2, 4):
+        model = nn.Linear(1, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        ema = ModelEMA(model)
+        ema.follow(optimizer, HalfLife(4, every=every), every=every)
+        model.weight.data.fill_(1.0)
+        ema.ema_model.weight.data.fill_(0.0)
+        for _ in range(8):
+            model.weight.grad = torch.zeros(1, 1)
+            optimizer.step()
+        assert ema.update_index == 8 // every
+        assert ema.ema_model.weight.item() == pytest.approx(0.75, rel=0, abs=8 * 2**-24)
+
+
+def test_the_count_of_steps_begins_with_follow() -> None:
+    model, optimizer, ema = followed()
+    step(model, optimizer)
+    twin = ModelEMA(model)
+    twin.load_state_dict(ema.state_dict())
+    handle = twin.follow(optimizer, HALF, every=2)
+    step(model, optimizer)
+    assert twin.update_index == 1
+    handle.remove()
+    twin.follow(optimizer, HALF, every=2)
+    step(model, optimizer)
+    assert twin.update_index == 1
+    step(model, optimizer)
+    assert twin.update_index == 2
+
+
+@pytest.mark.parametrize(
+    ("every", "error", "text"),
+    [
+        (0, ValueError, "Invalid every: 0. It counts .* give at least 1"),
+        (-2, ValueError, "Invalid every: -2"),
+        (1.5, TypeError, "Invalid every: 1.5, a float. It counts .* give an integer"),
+        ("2", TypeError, "Invalid every: '2', a str"),
+        (True, TypeError, "Invalid every: True, a bool"),
+        (None, TypeError, "Invalid every: None"),
+    ],
+)
+def test_every_is_checked(every: object, error: type, text: str) -> None:
+    model = network()
+    optimizer, ema = torch.optim.SGD(model.parameters(), lr=0.1), ModelEMA(model)
+    with pytest.raises(error, match=text):
+        ema.follow(optimizer, HALF, every=every)
+    assert ema.schedule is None
+    ema.follow(optimizer, HALF)
+    step(model, optimizer)
+    assert ema.update_index == 1
 
 
 class Line:

@@ -95,7 +95,14 @@ def test_without_ignite_the_handler_is_listed_all_the_same() -> None:
 def test_imports_go_down_the_floors() -> None:
     floors = [
         {"schedules", "selection", "interrupts", "distributed.dtensor"},
-        {"ops.kernels", "ops.precision", "ops.philox", "distributed.collectives", "modules"},
+        {
+            "following",
+            "ops.kernels",
+            "ops.precision",
+            "ops.philox",
+            "distributed.collectives",
+            "modules",
+        },
         {"pairing"},
         {"state", "staleness", "checkpoint.interop"},
         {"plan", "checkpoint.state_dict"},

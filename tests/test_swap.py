@@ -138,6 +138,7 @@ CALLS: dict[str, Callable[[ModelEMA], object]] = {
     "swapped()": lambda ema: ema.swapped().__enter__(),
     "load_state_dict()": lambda ema: ema.load_state_dict(ema.state_dict()),
     "distance()": lambda ema: ema.distance(),
+    "copy_to()": lambda ema: ema.copy_to(Net()),
     "copying or pickling the EMA": copy.deepcopy,
     "copying or pickling the EMA ": pickle.dumps,
 }
@@ -331,14 +332,17 @@ def test_a_run_that_is_interrupted_swaps_back_and_again_when_it_goes_on() -> Non
     assert (found.seen, found.online) == ([2.0] * 3, 1.0)
 
 
-def test_a_checkpoint_of_the_best_model_saves_the_online_weights(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_best_model_saves_the_online_weights_and_is_warned_of(
+    tmp_path: Path,
+) -> None:
     model = nn.Linear(1, 1, bias=False)
     handler = EMAHandler(model)
     model.weight.data.fill_(1.0)
     evaluator = Engine(lambda engine, batch: model.weight.item())
     saver = Checkpoint({"model": model}, DiskSaver(tmp_path), score_function=lambda engine: 1.0)
     evaluator.add_event_handler(Events.COMPLETED, saver)
-    handler.attach_swap(evaluator)
+    with pytest.warns(UserWarning, match="saves the online model .* under the EMA's score"):
+        handler.attach_swap(evaluator)
     evaluator.run([0])
     (path,) = tmp_path.iterdir()
     assert torch.load(path)["weight"].item() == 1.0

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_triton.checkpoint import interop
 from ema_triton.distributed import collectives, dtensor
-from ema_triton.modules import clean_weights
+from ema_triton.modules import (
+    check_model,
+    clean_weights,
+    renew_caches,
+    slots_of,
+    unwrap,
+    with_caches,
+)
 from ema_triton.ops.precision import (
     PRECISIONS,
     RESIDUAL_DTYPE,
@@ -21,7 +28,14 @@ from ema_triton.ops.precision import (
     join_residual,
     split_residual,
 )
-from ema_triton.pairing import INTEGERS, REAL_DTYPE, quoted, storage_ptr, unsupported
+from ema_triton.pairing import (
+    INTEGERS,
+    REAL_DTYPE,
+    check_tensors,
+    quoted,
+    storage_ptr,
+    unsupported,
+)
 from ema_triton.schedules import Schedule, momentum_from, schedule_from_state, schedule_to_state
 from ema_triton.state import EMAState
 
@@ -173,6 +187,22 @@ class SavedState(NamedTuple):
                 return f"has a residual that is not one of {weight.dtype} of its shape"
         return None
 
+    def difference_to_write(self, name: str, target: Tensor) -> str | None:
+        """Why this weight cannot be written into another model's tensor, if so."""
+        weight, part = self.weights[name], dtensor.local_part(target)
+        if difference := self._difference(name, target):
+            return difference
+        if dtensor.is_sharded(weight) and dtensor.sharding(weight) != dtensor.sharding(target):
+            kinds = dtensor.describe(weight), dtensor.describe(target)
+            return f"is {kinds[0]} in the EMA but {kinds[1]} in the model"
+        if not torch.can_cast(weight.dtype, target.dtype):
+            return f"is {weight.dtype} in the state but {target.dtype} here"
+        if torch._debug_has_internal_overlap(part) == 1:
+            return "cannot be written in place: several of its elements share one place in memory"
+        if part.is_inference():
+            return "cannot be written in place: it was made in inference mode"
+        return None
+
     def value(self, name: str, own: Tensor) -> Tensor:
         """This rank's part of a weight, sharded as `own` is; joined with its residual to fp32."""
         weight = dtensor.shard_like(self.weights[name], own)
@@ -311,3 +341,78 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
             f"seed {ema.seed} and its count of {ema.stochastic_updates} updates"
         )
     return remarks
+
+
+def restore(saved: SavedState, ema: EMAState, remarks: Sequence[str]) -> list[str]:
+    """Load a saved state, and have its schedule replace the EMA's.
+
+    Args:
+        saved: The saved state.
+        ema: The EMA's state.
+        remarks: What there is to say of the saved state already.
+
+    Returns:
+        Warnings: what was lost, and that another schedule was replaced.
+
+    Raises:
+        ValueError: Names, shapes or kinds of tensors differ. Nothing was written.
+    """
+    lost = [*load(saved, ema), *remarks]
+    said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
+    if saved.schedule is not None:
+        if ema.schedule not in (None, saved.schedule):
+            said.append(
+                f"The checkpoint's schedule {saved.schedule} replaces {ema.schedule}. To use "
+                "another one, assign `schedule` after loading."
+            )
+        ema.schedule = saved.schedule
+    return said
+
+
+def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
+    """Copy what an EMA shows, parameters and persistent buffers, into a model's tensors.
+
+    Args:
+        ema: The EMA's state.
+        online: Its online model, which has the parameters that the EMA does not hold.
+        model: The model to write; perhaps the online model itself.
+
+    Raises:
+        ValueError: Names, shapes or kinds of tensors differ. Nothing was written.
+        TypeError, NotImplementedError: A tensor of the model is of a kind that cannot be written.
+    """
+    check_model(model)
+    model, weights = unwrap(model), ema.tensors()
+    slots = {
+        name: slot
+        for name, slot in slots_of(model).items()
+        if slot.persistent and slot.whole() is not None and (model is not online or name in weights)
+    }
+    check_tensors(slots)
+    if model is not online:
+        for name, slot in slots_of(online).items():
+            if name not in weights and not slot.is_buffer and (whole := slot.whole()) is not None:
+                weights[name] = whole.detach()
+    saved = SavedState(weights, {})
+    targets = {name: whole for name, slot in slots.items() if (whole := slot.whole()) is not None}
+    differences = [f"'{name}' is not in the EMA" for name in targets if name not in weights]
+    differences += [f"'{name}' is not in the model" for name in weights if name not in targets]
+    differences += [
+        f"'{name}' {difference}"
+        for name, target in targets.items()
+        if name in weights and (difference := saved.difference_to_write(name, target))
+    ]
+    if differences:
+        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise ValueError(
+            f"The EMA does not fit the model given to copy_to(): {', '.join(differences[:10])}"
+            f"{more}. Nothing was copied. Give a model like the online one, sharded likewise if "
+            "that is. (Of a sharded EMA, state_dict(full_state_dict=True)['weights'] has whole "
+            "tensors on rank 0, for any model's load_state_dict.)"
+        )
+    for name, target in targets.items():
+        dtensor.local_part(target).copy_(saved.value(name, target))
+    # A write to its part is not seen by the counter of a DTensor.
+    torch.autograd.graph.increment_version([*filter(dtensor.is_sharded, targets.values())])
+    torch.clear_autocast_cache()
+    renew_caches(with_caches(model))
