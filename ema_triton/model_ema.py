@@ -73,6 +73,9 @@ class ModelEMA:
             `exclude` leave out are not held then, nor saved.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
+            "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
+            averages would be neither; name other buffers that are no running statistics in
+            `exclude`.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
             online model.

@@ -320,7 +320,7 @@ def is_averageable(tensor: Tensor) -> bool:
 def _is_averaged(slot: Slot, handle_buffers: str) -> bool:
     """Whether the tensor there is averaged unless `include` and `exclude` leave it out."""
     tensor = slot.read()
-    averages_kind = handle_buffers == "update" or not slot.is_buffer
+    averages_kind = not slot.is_buffer or (handle_buffers == "update" and not slot.copied_only)
     return averages_kind and tensor is not None and is_averageable(tensor)
 
 
