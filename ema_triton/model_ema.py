@@ -75,7 +75,8 @@ class ModelEMA:
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
             "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
             averages would be neither; name other buffers that are no running statistics in
-            `exclude`.
+            `exclude`. What is copied may change its shape, appear and vanish; a non-persistent
+            buffer of which the models have different shapes is each model's own.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
             online model.
@@ -226,7 +227,8 @@ class ModelEMA:
                 object as long as the graph); nothing waits for the device. 1 copies.
 
         Raises:
-            ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
+            ValueError: The momentum is out of range, or an averaged tensor changed its shape or
+                vanished.
             RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
                 swapped.
         """

@@ -36,10 +36,10 @@ class Slot(NamedTuple):
         return dtensor.local_part(self.whole())  # type: ignore[no-any-return]
 
     def write(self, tensor: Tensor, like: Tensor | None = None) -> None:
-        """Put it there, sharded as the tensor there is, or as `like` if there is none."""
+        """Put it there, sharded as `like`, or as the tensor there is if that is None."""
         whole = self.whole()
         if whole is None or dtensor.local_part(whole) is not tensor or whole.dtype != tensor.dtype:
-            self.owner[self.key] = dtensor.wrap_like(tensor, like if whole is None else whole)
+            self.owner[self.key] = dtensor.wrap_like(tensor, whole if like is None else like)
 
 
 # By clean name, with one slot for each name of a tied tensor. The tensor may be None.
@@ -91,6 +91,34 @@ def empty_slots(online: Slots, left_out: Container[str], *, non_persistent: bool
         name: slot._replace(owner=tensors, key=name)
         for name, slot in online.items()
         if name not in left_out and (slot.persistent or non_persistent)
+    }
+
+
+def add_vacant(slots: Slots, model: nn.Module | None, other: Slots) -> Slots:
+    """The slots, and a vacant one for each persistent buffer that only another model has.
+
+    Args:
+        slots: Of a model.
+        model: The model; there is no slot where it lacks the buffer's module. None: the slots are
+            in one dict by name.
+        other: The other model's slots.
+    """
+    missing = {
+        name: slot
+        for name, slot in other.items()
+        if name not in slots and slot.is_buffer and slot.persistent
+    }
+    if not missing:
+        return slots
+    if model is None:
+        own = next((slot.owner for slot in slots.values()), {})
+        return slots | {name: slot._replace(owner=own, key=name) for name, slot in missing.items()}
+    modules = {clean_name(n): module for n, module in model.named_modules(remove_duplicate=False)}
+    return slots | {
+        name: missing[name]._replace(owner=modules[prefix]._buffers, key=key)
+        for name in missing
+        for prefix, _, key in [name.rpartition(".")]
+        if prefix in modules
     }
 
 
