@@ -269,6 +269,9 @@ class ModelEMA:
         (Ctrl-C) is deferred while they move; inside, where its handler raises, they are back before
         the exception goes on. Inside, `update`, `sync`, `load_state_dict` and another swap are
         errors, `state_dict` is what it is outside, and a write to the weights is warned of on exit.
+        What is written into buffers is lost, with a warning where it was in train mode: estimate
+        BatchNorm's statistics in `ema_model` (`torch.optim.swa_utils.update_bn`). With
+        handle_buffers="copy" the next update copies the online ones over them.
 
         Raises:
             RuntimeError: They are swapped already.

@@ -115,7 +115,7 @@ class Swap:
         self._warning.remove()
         dtensor.reshard_fsdp2(*self._models)  # the gathered values are the EMA's
         modules = {id(m._buffers): m for model in self._models for m in model.modules()}
-        changed, _ = (
+        changed, lost = (
             {name: None for name, snapshot in snapshots if snapshot.restore(modules)}
             for snapshots in (self._kept_snapshots, self._copied_snapshots)
         )
@@ -129,6 +129,19 @@ class Swap:
                 "swapped (by an optimizer's step, a load_state_dict, a cast?). What was written "
                 "into the online model went into the EMA's values, and what was replaced is as "
                 "before. Leave the swap before training on."
+            )
+        if lost:
+            place = "in the EMA model: torch.optim.swa_utils.update_bn(loader, ema.ema_model)"
+            if len(self._models) == 1:
+                place = (
+                    "in a copy made inside, as there is no ema_model: "
+                    "torch.optim.swa_utils.update_bn(loader, copy.deepcopy(model))"
+                )
+            remarks.append(
+                f"{quoted([*lost])} was written while the models' weights were swapped, and what "
+                "was written is lost: the online model has its own values again, from which its "
+                f"training goes on. Estimate BatchNorm's statistics for the EMA {place}. If the "
+                "model was only left in train mode, call eval() before evaluating it."
             )
         if remarks:
             warnings.warn(" ".join(remarks), UserWarning, stacklevel=4)
@@ -231,7 +244,10 @@ class Snapshot:
         self._tensor: Any = slot.whole()
         self._part: Tensor = dtensor.local_part(self._tensor)
         self._data = self._part.detach()
-        self._version = dtensor.version(self._tensor)
+        # A batch norm's kernel writes its running statistics without counting it as a write.
+        batches = slot.owner.get("num_batches_tracked") if slot.is_buffer else None
+        self._counted = [self._tensor] if batches is None else [self._tensor, batches]
+        self._versions = [*map(dtensor.version, self._counted)]
 
     def restore(self, modules: Mapping[int, nn.Module]) -> bool:
         """Restore the slot; whether it is remarkable that its tensor was written or replaced.
@@ -246,7 +262,7 @@ class Snapshot:
         reshaped = slot.is_buffer and (now is None or now.shape != self._data.shape)
         if reshaped and not slot.persistent:
             return False
-        changed = dtensor.version(self._tensor) != self._version
+        changed = [*map(dtensor.version, self._counted)] != self._versions
         if (
             slot.whole() is not self._tensor
             or dtensor.local_part(self._tensor) is not self._part
