@@ -69,6 +69,9 @@ class EMAHandler:
             only if this and `momentum_warmup` are given.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
+            "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
+            averages would be neither; name other buffers that are no running statistics in
+            `exclude`.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
             those of `ema_triton.schedules`; instead of the three arguments above.
         **options: The other keyword arguments of `ModelEMA`: `ema_model`, `as_module`, `backend`,

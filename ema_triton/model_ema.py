@@ -62,6 +62,10 @@ class ModelEMA:
             `exclude` leave out are not held then, nor saved.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
+            "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
+            averages would be neither; name other buffers that are no running statistics in
+            `exclude`. What is copied may change its shape, appear and vanish; a non-persistent
+            buffer of which the models have different shapes is each model's own.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
             online model.
@@ -205,7 +209,8 @@ class ModelEMA:
                 object as long as the graph); nothing waits for the device. 1 copies.
 
         Raises:
-            ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
+            ValueError: The momentum is out of range, or an averaged tensor changed its shape or
+                vanished.
             RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
                 swapped.
         """
@@ -270,6 +275,9 @@ class ModelEMA:
         (Ctrl-C) is deferred while they move; inside, where its handler raises, they are back before
         the exception goes on. Inside, `update`, `sync`, `load_state_dict` and another swap are
         errors, `state_dict` is what it is outside, and a write to the weights is warned of on exit.
+        What is written into buffers is lost, with a warning where it was in train mode: estimate
+        BatchNorm's statistics in `ema_model` (`torch.optim.swa_utils.update_bn`). With
+        handle_buffers="copy" the next update copies the online ones over them.
 
         Raises:
             RuntimeError: They are swapped already.
