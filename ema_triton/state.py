@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ema_triton.copying import copy_model
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slots, copy_model, empty_slots, slots_of
+from ema_triton.modules import Slots, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
 from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key, pair_models
 from ema_triton.schedules import Schedule

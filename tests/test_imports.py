@@ -97,6 +97,7 @@ def test_imports_go_down_the_floors() -> None:
         {"schedules", "selection", "interrupts", "distributed.dtensor"},
         {"ops.kernels", "ops.precision", "ops.philox", "distributed.collectives", "modules"},
         {"pairing"},
+        {"copying"},
         {"state", "staleness", "checkpoint.interop"},
         {"plan", "checkpoint.state_dict"},
         {"ops.foreach_backend", "ops.triton_backend", "swap"},
