@@ -1,18 +1,28 @@
-"""A model's copy around the EMA's tensors."""
+"""A model's copy around the EMA's tensors, and what in it would go on using the online model.
+
+`copy.deepcopy` binds methods to the copy, but keeps functions as they are: a closure over the
+online model is one over the online model in the copy, too.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections import ChainMap, OrderedDict
+import dis
+import functools
+import warnings
+import weakref
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from itertools import chain, islice
-from types import MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ema_triton.pairing import quoted
 
 # Models and tensors by id, or what stands for them.
 Parts: TypeAlias = dict[int, Any]
@@ -21,8 +31,16 @@ Parts: TypeAlias = dict[int, Any]
 # upon wrappers take some; what a trainer holds may be the world.
 STEPS, WIDTH = 12, 10_000
 
-# What refers to nothing, or to the world.
+# What refers to nothing, or to the world; and what a copy keeps as it is.
 ENDS = (str, bytes, int, float, complex, type(None), type, ModuleType)
+KEPT = (FunctionType, BuiltinFunctionType, type(functools.cache(len)), weakref.ref)
+
+# Methods with which a copy would move the online model, but that it can do without: accelerate's
+# dispatch_model replaces them to warn.
+MOVES = ("to", "cpu", "cuda", "xpu")
+
+# Its functions refer to a module to ask for its device.
+HARMLESS = "torch.ao.quantization.qconfig"
 
 INSTEAD = (
     "build the EMA with as_module=False and evaluate the online model in swapped(), or give an "
@@ -30,8 +48,46 @@ INSTEAD = (
 )
 
 
+def check_references(model: nn.Module) -> None:
+    """Look for functions in a model with which a copy of it would use the model itself; warn.
+
+    Raises:
+        RuntimeError: One replaces a method, so that the copy would compute with the online model.
+    """
+    own = _parts_of(model)
+    refers: dict[int, bool] = {}
+    replaced: list[str] = []
+    others: list[str] = []
+    for name, module in _copied_modules(model):
+        for key, value in _attributes(module).items():
+            if type(value) is weakref.ref:
+                continue  # the copy gets one of its own
+            for kept in _kept_by_a_copy(_eager(value)):
+                if id(kept) not in refers:
+                    refers[id(kept)] = any(id(found) in own for found in _reached(kept, _referred))
+                if refers[id(kept)]:
+                    is_method = callable(getattr(type(module), key, None)) and key not in MOVES
+                    (replaced if is_method else others).append(f"{name}.{key}" if name else key)
+                    break
+    if replaced:
+        raise RuntimeError(
+            "The model cannot be copied to make an EMA model: methods were replaced by functions "
+            f"that refer to the model itself: {quoted(replaced)}. A copy has the same functions, "
+            f"and would compute with the online model's weights. Either {INSTEAD}, or have a "
+            "function take the module as its argument: types.MethodType(function, module)."
+        )
+    if others:
+        warnings.warn(
+            "Functions or weak references of the model refer to the model itself: "
+            f"{quoted(others)}. Its copy, the EMA model, has the same ones: what they call, read "
+            f"or change there is the online model. If that matters, {INSTEAD}.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def copy_model(model: nn.Module, tensors: Mapping[Tensor | None, Tensor | None]) -> nn.Module:
-    """A deep copy with all torch.compile wrappers taken off, so that names are clean.
+    """A deep copy that is eager where the model is compiled, so that names are clean.
 
     Tensors of an autograd graph are copied without it, and process groups are shared.
 
@@ -51,7 +107,9 @@ def copy_model(model: nn.Module, tensors: Mapping[Tensor | None, Tensor | None])
             for module in reversed([*model.modules()]):  # inner ones first
                 if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
                     memo[id(module)] = copy.deepcopy(compiled, memo)
-            return copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
+            for _, module in _copied_modules(model):
+                _rebind(module, memo.get(id(module), module), own, memo)
         except Exception as error:
             what, value, reason = _culprit(model, {**own, **groups}) or ("it", model, error)
             kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
@@ -59,6 +117,7 @@ def copy_model(model: nn.Module, tensors: Mapping[Tensor | None, Tensor | None])
                 f"The model cannot be copied to make an EMA model: {what} is a {kind}, whose copy "
                 f"fails: {reason}. Either {INSTEAD}, or build the EMA while it is not there."
             ) from error
+    return copied
 
 
 class _CopyTensors(TorchFunctionMode):
@@ -92,6 +151,20 @@ class _CopyTensors(TorchFunctionMode):
 def _bits(tensor: Tensor) -> tuple[object, ...]:
     """What the bits in its memory mean."""
     return tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _rebind(module: nn.Module, copied: nn.Module, own: Parts, memo: Parts) -> None:
+    """Give the copy of a module its own methods, uncompiled, and its own weak references."""
+    attributes = vars(copied)
+    for key, value in vars(module).items():
+        if attributes.get(key) is not value:
+            continue
+        plain = _eager(value)
+        if type(value) is weakref.ref:
+            if id(value()) in own:
+                attributes[key] = weakref.ref(copy.deepcopy(value(), memo))
+        elif plain is not value and isinstance(plain, MethodType) and id(plain.__self__) in own:
+            attributes[key] = copy.deepcopy(plain, memo)
 
 
 def _culprit(model: nn.Module, memo: Parts) -> tuple[str, object, Exception] | None:
@@ -155,6 +228,11 @@ def _process_groups(model: nn.Module) -> Parts:
     return {id(one): one for one in found if isinstance(one, torch.distributed.ProcessGroup)}
 
 
+def _kept_by_a_copy(value: object) -> Iterator[object]:
+    """What of it `copy.deepcopy` does not copy, though it may refer to other things."""
+    return (found for found in _reached(value, _copied) if issubclass(type(found), KEPT))
+
+
 def _reached(value: object, parts: Callable[[Any], Iterable[object]]) -> Iterator[object]:
     """The value, its parts, theirs, and so on, the near ones first."""
     level: list[object] = []
@@ -180,7 +258,7 @@ def _copied(value: Any) -> Iterable[object]:  # noqa: ANN401
         return value  # type: ignore[no-any-return]
     if kind is MethodType:
         return value.__func__, value.__self__
-    if issubclass(kind, (*ENDS, nn.Module)) or hasattr(kind, "__deepcopy__"):
+    if issubclass(kind, (*KEPT, *ENDS, nn.Module)) or hasattr(kind, "__deepcopy__"):
         return ()
     try:
         reduced = value.__reduce_ex__(4)
@@ -190,3 +268,61 @@ def _copied(value: Any) -> Iterable[object]:  # noqa: ANN401
         return ()
     # Arguments and state; and items of lists and dicts, as iterators.
     return chain(reduced[1:3], *(part for part in reduced[3:5] if part is not None))
+
+
+def _referred(value: Any) -> Iterable[object]:  # noqa: ANN401
+    """What the value refers to."""
+    kind = type(value)
+    if kind is FunctionType:
+        plain = _eager(value)
+        if plain is not value:
+            return (plain,)
+        return () if value.__globals__.get("__name__") == HARMLESS else _used_by(value)
+    if kind in (MethodType, BuiltinFunctionType):
+        return value.__self__, getattr(value, "__func__", None)
+    if issubclass(kind, functools.partial):
+        return value.func, value.args, value.keywords
+    if issubclass(kind, weakref.ref):
+        return (value(),)
+    if issubclass(kind, dict):
+        return [*value.keys(), *value.values()]
+    if issubclass(kind, list | tuple | set | frozenset | deque):
+        return [*value]
+    if issubclass(kind, nn.Module):
+        return _parts_of(value).values()
+    if issubclass(kind, (Tensor, *ENDS)):
+        return ()
+    with suppress(AttributeError):
+        return [*object.__getattribute__(value, "__dict__").values()]
+    return ()
+
+
+def _used_by(function: FunctionType) -> Iterator[object]:
+    """What the function's code can use: closure, defaults, modules and methods among globals."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for name in _globals_of(function.__code__):
+        value = _eager(function.__globals__.get(name))
+        # A function's own globals are read, but not those of functions that it calls.
+        if isinstance(value, nn.Module | Tensor | MethodType | functools.partial | weakref.ref):
+            yield value
+
+
+def _globals_of(code: CodeType) -> set[str]:
+    """The names of the globals that the code reads; comprehensions and the like are codes in it."""
+    inner = [_globals_of(one) for one in code.co_consts if isinstance(one, CodeType)]
+    own = {one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"}
+    return own.union(*inner)
+
+
+def _eager(function: Any) -> Any:  # noqa: ANN401
+    """The function that torch.compile or torch.compiler.disable was given; others as they are."""
+    compilers = ("torch._dynamo.eval_frame", "torch._dynamo.external_utils")
+    while type(function) is FunctionType and function.__globals__.get("__name__") in compilers:
+        if (wrapped := vars(function).get("__wrapped__")) is None:
+            break
+        function = wrapped
+    return function

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_triton.copying import copy_model
+from ema_triton.copying import check_references, copy_model
 from ema_triton.distributed import dtensor
 from ema_triton.modules import Slots, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
@@ -153,6 +153,8 @@ class EMAState:
         self, model: nn.Module, online: Slots, ema_dtype: torch.dtype | None, *, as_module: bool
     ) -> None:
         """Copy the tensors of the online model, and if asked for the module around them."""
+        if as_module:
+            check_references(model)
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             averages_all = self._handle_buffers == "update"
