@@ -275,3 +275,21 @@ def test_a_kept_view_has_the_emas_dtype(ema_dtype: torch.dtype) -> None:
     ema.update(0.3)
     assert ema.ema_model.rows.dtype == ema_dtype
     assert torch.equal(ema.ema_model.rows, ema.ema_model.body.weight[1:3])
+
+
+def with_shards() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Holding(threading.Lock())
+    forward = model.body.forward
+    model.forward = lambda inputs: forward(inputs)
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    ema = ModelEMA(model)
+    ema.update(0.5)
+    with ema.swapped():
+        model(torch.ones(1, 2))
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_is_not_copied_so_that_nothing_is_refused() -> None:
+    ranks.run(2, with_shards)
