@@ -1,8 +1,7 @@
-"""A model's slots, by name; and a model unwrapped, checked and copied."""
+"""A model's slots, by name; and a model unwrapped and checked."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -209,31 +208,3 @@ def check_model(model: object) -> None:
                 f"'{name}' is {dtensor.describe(parameter)}: its values are sums over the ranks, "
                 "which have to be made before they are averaged. Call redistribute() on it first."
             )
-
-
-def copy_model(model: nn.Module, tensors: Mapping[Tensor | None, Tensor | None]) -> nn.Module:
-    """A deep copy with all torch.compile wrappers taken off, so that names are clean.
-
-    Args:
-        model: The model.
-        tensors: From the model's tensors to those that the copy has in their place. Subclasses of
-            Tensor are left to their own `__deepcopy__`.
-
-    Raises:
-        RuntimeError: The model cannot be copied.
-    """
-    memo: dict[int, Any] = {
-        id(own): other for own, other in tensors.items() if type(own) in (nn.Parameter, Tensor)
-    }
-    try:
-        for module in reversed([*model.modules()]):  # inner ones first
-            if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
-                memo[id(module)] = copy.deepcopy(compiled, memo)
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise RuntimeError(
-            f"The model cannot be copied to make an EMA model ({error}). Often a module has an "
-            "attribute that is a computed tensor (after a forward pass, by pruning, by the old "
-            "weight_norm): build the EMA before, or give an ema_model, another instance of the "
-            "model."
-        ) from error

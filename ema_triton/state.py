@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ema_triton.copying import check_references, copy_model
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slots, add_vacant, are_sharded, copy_model, empty_slots, slots_of
+from ema_triton.modules import Slots, add_vacant, are_sharded, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
 from ema_triton.pairing import (
     REAL_DTYPE,
@@ -164,12 +165,15 @@ class EMAState:
 
         Around parts of tensors there is none.
         """
+        as_module = as_module and not are_sharded(online)
+        if as_module:
+            check_references(model)
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             averages_all = self._handle_buffers == "update"
             self._own_slots = empty_slots(online, self._left_out, non_persistent=averages_all)
             self.lay_out(model, online, ema_dtype, new=True)
-            if as_module and not are_sharded(online):
+            if as_module:
                 own = self._own_slots.items()
                 tensors = {online[name].whole(): slot.whole() for name, slot in own}
                 self.module, self._own_slots = copy_model(model, tensors), {}
