@@ -25,18 +25,9 @@ from ema_triton.checkpoint.state_dict import SavedState, build, load, read_weigh
 from ema_triton.distance import Distance
 from ema_triton.distributed import collectives
 from ema_triton.interrupts import DeferSigint, SwapContext
-from ema_triton.modules import (
-    are_sharded,
-    check_model,
-    slots_of,
-    unwrap,
-)
+from ema_triton.modules import are_sharded, check_model, slots_of, unwrap
 from ema_triton.ops import foreach_backend
-from ema_triton.pairing import (
-    check_selection,
-    check_tensors,
-    left_out,
-)
+from ema_triton.pairing import check_selection, check_tensors, left_out
 from ema_triton.plan import Plan
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule, momentum_from
@@ -445,7 +436,11 @@ class ModelEMA:
             return build(self._state, shown, clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
-        self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False
+        self,
+        state: Mapping[str, Any] | None,
+        *,
+        full_state_dict: bool = False,
+        strict: bool = True,
     ) -> None:
         """Load what `state_dict` returned, or a module's state dict, and go on from there.
 
@@ -458,6 +453,8 @@ class ModelEMA:
             state: The state.
             full_state_dict: Whether rank 0 alone has it, with whole tensors; what the other ranks
                 give, who all have to call this, is not looked at.
+            strict: Whether names must match. If not, what the state has is loaded and the rest
+                stays, residuals too; a warning names it, and what this EMA does not have.
 
         Raises:
             ValueError: The state is not of this kind or version, or names or shapes do not fit.
@@ -469,9 +466,9 @@ class ModelEMA:
             with self._lock, torch.no_grad():
                 self._refuse_inside_swap(what)
                 self._planner.reshard()
-                self._load(scatter_state(state, self._state), what)
+                self._load(scatter_state(state, self._state, strict=strict), what)
         else:
-            self._load(SavedState.parse(state), what)
+            self._load(SavedState.parse(state)._replace(strict=strict), what)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
@@ -496,7 +493,9 @@ class ModelEMA:
                 lambda: interop.write_safetensors(path, weights, self.update_index)
             )
 
-    def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    def load_weights(
+        self, source: Mapping[str, Any] | str | os.PathLike[str], *, strict: bool = True
+    ) -> None:
         """Load the weights that this or another library saved, and go on from there.
 
         Recognised are a module's state dict (Ignite, PyTorch) in any nesting of `module.` and
@@ -506,6 +505,7 @@ class ModelEMA:
 
         Args:
             source: A dict; or a file of safetensors or `torch.save`, told by its content.
+            strict: Whether names must match; see `load_state_dict`.
 
         Raises:
             ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
@@ -519,7 +519,7 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = read_weights(source, self._state)
+        found, remarks = read_weights(source, self._state, strict=strict)
         self._load(found, "load_weights()", remarks)
 
     def _load(self, found: SavedState, what: str, remarks: Sequence[str] = ()) -> None:

@@ -47,7 +47,7 @@ class ForeignWeights(NamedTuple):
     weights: dict[str, Any]  # by clean name
     source: str
     updates: int | None  # as that library counts them; None: it does not say
-    missing: list[str]  # names that it does not have; `weights` has the EMA's own tensors there
+    has_all_names: bool = True  # False: it has the parameters only
 
 
 def extract_weights(
@@ -82,7 +82,7 @@ def extract_weights(
     """
     state = check_dict(state)
     if isinstance(state.get("shadow_params"), (list, tuple)):
-        return _by_order(state, own, parameters)
+        return _by_order(state, parameters)
     of_timm = state.get("state_dict_ema")
     found = _by_name(of_timm if isinstance(of_timm, Mapping) else state, own)
     if found is not None:
@@ -119,7 +119,7 @@ def _by_name(state: Mapping[Any, Any], own: Mapping[str, Any]) -> ForeignWeights
     """Without as many prefixes as makes the names match best; None: it holds no weights."""
     if not all(isinstance(name, str) for name in state):
         return None
-    found = best = ForeignWeights(clean_weights(state), PLAIN, None, [])
+    found = best = ForeignWeights(clean_weights(state), PLAIN, None)
     while wrapper := next((w for w in WRAPPERS if w.matches(found.weights)), None):
         if found.source == PLAIN:  # the outermost wrapper that counts updates is the source
             updates = _count(found.weights.get(wrapper.counter))
@@ -140,9 +140,7 @@ def _by_name(state: Mapping[Any, Any], own: Mapping[str, Any]) -> ForeignWeights
     return best
 
 
-def _by_order(
-    state: Mapping[Any, Any], own: Mapping[str, Any], parameters: Sequence[Sequence[str]]
-) -> ForeignWeights:
+def _by_order(state: Mapping[Any, Any], parameters: Sequence[Sequence[str]]) -> ForeignWeights:
     """The weights of diffusers' EMAModel, which has no buffers."""
     tensors = state["shadow_params"]
     if len(tensors) != len(parameters):
@@ -155,9 +153,8 @@ def _by_order(
     averaged: dict[str, Any] = {}
     for names, tensor in zip(parameters, tensors, strict=True):
         averaged |= dict.fromkeys(names, tensor)
-    missing = [name for name in own if name not in averaged]
     updates = _count(state.get("optimization_step"))
-    return ForeignWeights({**own, **averaged}, "diffusers' EMAModel", updates, missing)
+    return ForeignWeights(averaged, "diffusers' EMAModel", updates, has_all_names=False)
 
 
 def _count(value: object) -> int | None:
