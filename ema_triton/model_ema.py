@@ -457,8 +457,8 @@ class ModelEMA:
                 stays, residuals too; a warning names it, and what this EMA does not have.
 
         Raises:
-            ValueError: The state is not of this kind or version, or names or shapes do not fit.
-                Nothing has been loaded then.
+            ValueError: The state is not of this kind or version, names or shapes do not fit, or
+                a sharded tensor is another rank's part. Nothing has been loaded then.
             RuntimeError: The models' weights are swapped.
         """
         what = "load_state_dict()"

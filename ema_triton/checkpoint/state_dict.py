@@ -131,7 +131,8 @@ class SavedState(NamedTuple):
         """Compare with an EMA's tensors, by clean name.
 
         Raises:
-            ValueError: Names (unless not `strict`), shapes or kinds of tensors differ.
+            ValueError: Names (unless not `strict`), shapes or kinds of tensors differ, or a part
+                is another rank's.
         """
         missing = [f"'{name}' is missing" for name in self.missing(own)]
         unexpected = [f"'{name}' is unexpected" for name in self.unexpected(own)]
@@ -154,6 +155,22 @@ class SavedState(NamedTuple):
             elif not nothing and not differing:
                 remedy += "; or give strict=False to load what it has, and leave the rest as it is"
             raise ValueError(f"The state {what}: {text}. Nothing was loaded. {remedy}.")
+        values = [*self.weights.items(), *self.residuals.items()]
+        others = {
+            name: value
+            for name, value in values
+            if name in self.weights.keys() & own.keys()
+            and dtensor.shard_like(value, own[name]) is None
+        }
+        for name, value in others.items():
+            raise ValueError(
+                f"The state does not have this rank's part of {quoted([*others])}: in the state "
+                f"'{name}' is {dtensor.describe_part(value)}; here it is "
+                f"{dtensor.describe_part(own[name])}. Another rank saved it, or a run with other "
+                "ranks. Nothing was loaded. Save ema.state_dict(full_state_dict=True), and load it "
+                "on all ranks by load_state_dict(state, full_state_dict=True); or use "
+                "torch.distributed.checkpoint; or load on each rank what that rank saved."
+            )
 
     def missing(self, own: Mapping[str, Tensor]) -> list[str]:
         """The EMA's names that it does not have."""
@@ -190,9 +207,11 @@ class SavedState(NamedTuple):
     def value(self, name: str, own: Tensor) -> Tensor:
         """This rank's part of a weight, sharded as `own` is; joined with its residual to fp32."""
         weight = dtensor.shard_like(self.weights[name], own)
+        assert weight is not None  # as it was compared
         if name not in self.residuals:
             return weight
         residual = dtensor.shard_like(self.residuals[name], own)
+        assert residual is not None
         value = join_residual(as_real(weight), residual.to(weight.device))
         return torch.view_as_complex(value) if weight.is_complex() else value
 
@@ -260,16 +279,21 @@ def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
         ValueError: On every rank, if rank 0's is no state or does not match.
     """
     own = ema.tensors()
+    wholes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in own.items()
+    }
 
     def parse_to_meta() -> SavedState:
         saved = SavedState.parse(state)._replace(strict=strict)
-        saved.check_matches(own)
-        return saved.map(own, lambda _, tensor: tensor.to("meta"))
+        saved.check_matches(wholes)
+        return saved.map(own, lambda _, tensor: dtensor.local_part(tensor).to("meta"))
 
     saved = meta = collectives.on_rank0(parse_to_meta)
     if collectives.is_rank0():
         whole = SavedState.parse(state)
         saved = meta._replace(weights=whole.weights, residuals=whole.residuals)
+        saved = saved.map(own, lambda _, tensor: dtensor.local_part(tensor))
     return saved.map(own, lambda name, tensor: collectives.scatter_from_rank0(tensor, own[name]))
 
 
