@@ -504,13 +504,14 @@ class ModelEMA:
         The update index and the schedule stay; a warning says what another library's state counts.
 
         Args:
-            source: A dict; or a file of safetensors or `torch.save`, told by its content.
+            source: A dict; a file of safetensors or `torch.save`, told by its content; or a folder
+                of `save_pretrained`, e.g. of diffusers' `EMAModel`.
             strict: Whether names must match; see `load_state_dict`.
 
         Raises:
             ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
                 been loaded then.
-            OSError: The file cannot be opened.
+            OSError: A file cannot be opened.
             RuntimeError: The models' weights are swapped.
 
         Example:

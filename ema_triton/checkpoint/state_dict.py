@@ -248,7 +248,7 @@ def read_weights(
         ValueError: It is not recognised, or damaged.
         OSError: The file cannot be opened.
     """
-    state: Any = source if isinstance(source, Mapping) else interop.read_file(source)
+    state, updates = (source, None) if isinstance(source, Mapping) else interop.read_path(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
         saved = SavedState.parse(state)
         return saved._replace(update_index=None, schedule=None, strict=strict), []
@@ -257,14 +257,31 @@ def read_weights(
         if not slot.is_buffer and slot.whole() is not None:
             parameters.setdefault(id(slot.whole()), []).append(name)
     found = interop.extract_weights(state, ema.tensors(), [*parameters.values()])
-    remarks = []
+    weights, remarks = found.weights, []
+    if not isinstance(source, Mapping):  # a safetensors file has a tied tensor once
+        weights |= {
+            other: weights[name]
+            for names in parameters.values()
+            for name in names
+            if name in weights
+            for other in names
+            if other not in weights
+        }
+    if updates is not None:
+        found = found._replace(source=interop.DIFFUSERS, updates=updates)
+        averaged = {name for names in parameters.values() for name in names}
+        if buffers := [name for name in ema.tensors() if name in weights.keys() - averaged]:
+            remarks.append(
+                f"its {quoted(buffers)} are those of a new model, as {found.source} averages "
+                "parameters only"
+            )
     if found.updates:
         remarks.append(
             f"{found.source} counts {found.updates} updates: set update_index to go on with a "
             "schedule from there"
         )
     strict = strict and found.has_all_names
-    return SavedState(found.weights, {}, strict=strict, source=found.source), remarks
+    return SavedState(weights, {}, strict=strict, source=found.source), remarks
 
 
 def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
