@@ -355,7 +355,11 @@ class EMAHandler:
         return self.ema.state_dict(clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any] | None, *, full_state_dict: bool = False
+        self,
+        state_dict: Mapping[str, Any] | None,
+        *,
+        full_state_dict: bool = False,
+        strict: bool = True,
     ) -> None:
         """Load what `state_dict` returned, and continue from there, warm-up included.
 
@@ -367,12 +371,13 @@ class EMAHandler:
             state_dict: The state.
             full_state_dict: Whether only rank 0 has the state, as whole tensors; see
                 `ModelEMA.load_state_dict`.
+            strict: Whether names must match; see `ModelEMA.load_state_dict`.
 
         Raises:
             ValueError: The state is of neither kind, or does not fit the model. Nothing has been
                 loaded then.
         """
-        self.ema.load_state_dict(state_dict, full_state_dict=full_state_dict)
+        self.ema.load_state_dict(state_dict, full_state_dict=full_state_dict, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to no engine."""

@@ -449,7 +449,11 @@ class ModelEMA:
             return build(self._state, shown, clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
-        self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False
+        self,
+        state: Mapping[str, Any] | None,
+        *,
+        full_state_dict: bool = False,
+        strict: bool = True,
     ) -> None:
         """Load what `state_dict` returned, or a module's state dict, and go on from there.
 
@@ -462,10 +466,12 @@ class ModelEMA:
             state: The state.
             full_state_dict: Whether rank 0 alone has it, with whole tensors; what the other ranks
                 give, who all have to call this, is not looked at.
+            strict: Whether names must match. If not, what the state has is loaded and the rest
+                stays, residuals too; a warning names it, and what this EMA does not have.
 
         Raises:
-            ValueError: The state is not of this kind or version, or names or shapes do not fit.
-                Nothing has been loaded then.
+            ValueError: The state is not of this kind or version, names or shapes do not fit, or
+                a sharded tensor is another rank's part. Nothing has been loaded then.
             RuntimeError: The models' weights are swapped.
         """
         what = "load_state_dict()"
@@ -473,9 +479,9 @@ class ModelEMA:
             with self._lock, torch.no_grad():
                 refuse_inside(self._swap, what)
                 self._planner.reshard()
-                self._load(scatter_state(state, self._state), what)
+                self._load(scatter_state(state, self._state, strict=strict), what)
         else:
-            self._load(SavedState.parse(state), what)
+            self._load(SavedState.parse(state)._replace(strict=strict), what)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
@@ -497,7 +503,9 @@ class ModelEMA:
             write = partial(interop.write_safetensors, path, weights, self.update_index)
             collectives.on_rank0(write) if full else write()
 
-    def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    def load_weights(
+        self, source: Mapping[str, Any] | str | os.PathLike[str], *, strict: bool = True
+    ) -> None:
         """Load the weights that this or another library saved, and go on from there.
 
         Recognised are a module's state dict (Ignite, PyTorch) in any nesting of `module.` and
@@ -506,12 +514,14 @@ class ModelEMA:
         The update index and the schedule stay; a warning says what another library's state counts.
 
         Args:
-            source: A dict; or a file of safetensors or `torch.save`, told by its content.
+            source: A dict; a file of safetensors or `torch.save`, told by its content; or a folder
+                of `save_pretrained`, e.g. of diffusers' `EMAModel`.
+            strict: Whether names must match; see `load_state_dict`.
 
         Raises:
             ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
                 been loaded then.
-            OSError: The file cannot be opened.
+            OSError: A file cannot be opened.
             RuntimeError: The models' weights are swapped.
 
         Example:
@@ -520,7 +530,7 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = read_weights(source, self._state)
+        found, remarks = read_weights(source, self._state, strict=strict)
         self._load(found, "load_weights()", remarks)
 
     def _load(self, found: SavedState, what: str, remarks: Sequence[str] = ()) -> None:
