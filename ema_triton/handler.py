@@ -69,6 +69,9 @@ class EMAHandler:
             only if this and `momentum_warmup` are given.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
+            "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
+            averages would be neither; name other buffers that are no running statistics in
+            `exclude`.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
             those of `ema_triton.schedules`; instead of the three arguments above.
         **options: The other keyword arguments of `ModelEMA`: `ema_model`, `as_module`, `backend`,
@@ -352,7 +355,11 @@ class EMAHandler:
         return self.ema.state_dict(clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any] | None, *, full_state_dict: bool = False
+        self,
+        state_dict: Mapping[str, Any] | None,
+        *,
+        full_state_dict: bool = False,
+        strict: bool = True,
     ) -> None:
         """Load what `state_dict` returned, and continue from there, warm-up included.
 
@@ -364,12 +371,13 @@ class EMAHandler:
             state_dict: The state.
             full_state_dict: Whether only rank 0 has the state, as whole tensors; see
                 `ModelEMA.load_state_dict`.
+            strict: Whether names must match; see `ModelEMA.load_state_dict`.
 
         Raises:
             ValueError: The state is of neither kind, or does not fit the model. Nothing has been
                 loaded then.
         """
-        self.ema.load_state_dict(state_dict, full_state_dict=full_state_dict)
+        self.ema.load_state_dict(state_dict, full_state_dict=full_state_dict, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to no engine."""

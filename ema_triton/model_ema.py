@@ -62,6 +62,10 @@ class ModelEMA:
             `exclude` leave out are not held then, nor saved.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
+            "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
+            averages would be neither; name other buffers that are no running statistics in
+            `exclude`. What is copied may change its shape, appear and vanish; a non-persistent
+            buffer of which the models have different shapes is each model's own.
         backend: "auto", "triton" or "foreach".
         ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
             online model.
@@ -205,7 +209,8 @@ class ModelEMA:
                 object as long as the graph); nothing waits for the device. 1 copies.
 
         Raises:
-            ValueError: The momentum is out of range, or a tensor changed its shape or vanished.
+            ValueError: The momentum is out of range, or an averaged tensor changed its shape or
+                vanished.
             RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
                 swapped.
         """
@@ -270,6 +275,9 @@ class ModelEMA:
         (Ctrl-C) is deferred while they move; inside, where its handler raises, they are back before
         the exception goes on. Inside, `update`, `sync`, `load_state_dict` and another swap are
         errors, `state_dict` is what it is outside, and a write to the weights is warned of on exit.
+        What is written into buffers is lost, with a warning where it was in train mode: estimate
+        BatchNorm's statistics in `ema_model` (`torch.optim.swa_utils.update_bn`). With
+        handle_buffers="copy" the next update copies the online ones over them.
 
         Raises:
             RuntimeError: They are swapped already.
@@ -441,7 +449,11 @@ class ModelEMA:
             return build(self._state, shown, clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
-        self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False
+        self,
+        state: Mapping[str, Any] | None,
+        *,
+        full_state_dict: bool = False,
+        strict: bool = True,
     ) -> None:
         """Load what `state_dict` returned, or a module's state dict, and go on from there.
 
@@ -454,10 +466,12 @@ class ModelEMA:
             state: The state.
             full_state_dict: Whether rank 0 alone has it, with whole tensors; what the other ranks
                 give, who all have to call this, is not looked at.
+            strict: Whether names must match. If not, what the state has is loaded and the rest
+                stays, residuals too; a warning names it, and what this EMA does not have.
 
         Raises:
-            ValueError: The state is not of this kind or version, or names or shapes do not fit.
-                Nothing has been loaded then.
+            ValueError: The state is not of this kind or version, names or shapes do not fit, or
+                a sharded tensor is another rank's part. Nothing has been loaded then.
             RuntimeError: The models' weights are swapped.
         """
         what = "load_state_dict()"
@@ -465,9 +479,9 @@ class ModelEMA:
             with self._lock, torch.no_grad():
                 refuse_inside(self._swap, what)
                 self._planner.reshard()
-                self._load(scatter_state(state, self._state), what)
+                self._load(scatter_state(state, self._state, strict=strict), what)
         else:
-            self._load(SavedState.parse(state), what)
+            self._load(SavedState.parse(state)._replace(strict=strict), what)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
@@ -489,7 +503,9 @@ class ModelEMA:
             write = partial(interop.write_safetensors, path, weights, self.update_index)
             collectives.on_rank0(write) if full else write()
 
-    def load_weights(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    def load_weights(
+        self, source: Mapping[str, Any] | str | os.PathLike[str], *, strict: bool = True
+    ) -> None:
         """Load the weights that this or another library saved, and go on from there.
 
         Recognised are a module's state dict (Ignite, PyTorch) in any nesting of `module.` and
@@ -498,12 +514,14 @@ class ModelEMA:
         The update index and the schedule stay; a warning says what another library's state counts.
 
         Args:
-            source: A dict; or a file of safetensors or `torch.save`, told by its content.
+            source: A dict; a file of safetensors or `torch.save`, told by its content; or a folder
+                of `save_pretrained`, e.g. of diffusers' `EMAModel`.
+            strict: Whether names must match; see `load_state_dict`.
 
         Raises:
             ValueError: It is none of these, or damaged, or names or shapes do not fit. Nothing has
                 been loaded then.
-            OSError: The file cannot be opened.
+            OSError: A file cannot be opened.
             RuntimeError: The models' weights are swapped.
 
         Example:
@@ -512,7 +530,7 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = read_weights(source, self._state)
+        found, remarks = read_weights(source, self._state, strict=strict)
         self._load(found, "load_weights()", remarks)
 
     def _load(self, found: SavedState, what: str, remarks: Sequence[str] = ()) -> None:

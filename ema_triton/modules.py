@@ -1,25 +1,30 @@
-"""A model's slots, by name; and a model unwrapped, checked and copied."""
+"""A model's slots, by name; and a model unwrapped and checked."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ema_triton.distributed import dtensor
 
 
 class Slot(NamedTuple):
-    """Where a tensor lives: the `_parameters` or `_buffers` that own it, and its key in them."""
+    """Where a tensor lives: the `_parameters` or `_buffers` that own it, and its key in them.
+
+    `copied_only` says of a buffer that its average means nothing.
+    """
 
     owner: dict[str, Tensor | None]
     key: str
     is_buffer: bool
     persistent: bool
+    copied_only: bool = False
 
     def whole(self) -> Tensor | None:
         """The tensor that is there now, a sharded one as its `DTensor`."""
@@ -30,10 +35,10 @@ class Slot(NamedTuple):
         return dtensor.local_part(self.whole())  # type: ignore[no-any-return]
 
     def write(self, tensor: Tensor, like: Tensor | None = None) -> None:
-        """Put it there, sharded as the tensor there is, or as `like` if there is none."""
+        """Put it there, sharded as `like`, or as the tensor there is if that is None."""
         whole = self.whole()
         if whole is None or dtensor.local_part(whole) is not tensor or whole.dtype != tensor.dtype:
-            self.owner[self.key] = dtensor.wrap_like(tensor, like if whole is None else whole)
+            self.owner[self.key] = dtensor.wrap_like(tensor, whole if like is None else like)
 
 
 # By clean name, with one slot for each name of a tied tensor. The tensor may be None.
@@ -44,12 +49,32 @@ def slots_of(model: nn.Module) -> Slots:
     """The slots of a model's parameters and buffers, in the order of its state dict."""
     return {
         clean_name(f"{prefix}.{key}" if prefix else key): Slot(
-            owner, key, is_buffer, key not in module._non_persistent_buffers_set
+            owner, key, is_buffer, key not in module._non_persistent_buffers_set, key in copied_only
         )
         for prefix, module in model.named_modules(remove_duplicate=False)
+        for copied_only in [_copied_only(module)]
         for owner, is_buffer in ((module._parameters, False), (module._buffers, True))
         for key in owner
     }
+
+
+def _copied_only(module: nn.Module) -> set[str]:
+    """The keys of buffers that are no running statistics.
+
+    Averaged, unit vectors of spectral norm are shorter than 1, and divide the weight by too little;
+    and a mask of pruning prunes a part of a weight.
+    """
+    if isinstance(module, _SpectralNorm):
+        return {"_u", "_v"}
+    keys: set[str] = set()
+    # Via sys.modules, not to import it: where a module is pruned, it is imported.
+    prune = sys.modules.get("torch.nn.utils.prune")
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            keys |= {f"{hook.name}_u", f"{hook.name}_v"}
+        elif prune and isinstance(hook, prune.BasePruningMethod):
+            keys.add(f"{hook._tensor_name}_mask")
+    return keys
 
 
 def empty_slots(online: Slots, left_out: Container[str], *, non_persistent: bool) -> Slots:
@@ -65,6 +90,34 @@ def empty_slots(online: Slots, left_out: Container[str], *, non_persistent: bool
         name: slot._replace(owner=tensors, key=name)
         for name, slot in online.items()
         if name not in left_out and (slot.persistent or non_persistent)
+    }
+
+
+def add_vacant(slots: Slots, model: nn.Module | None, other: Slots) -> Slots:
+    """The slots, and a vacant one for each persistent buffer that only another model has.
+
+    Args:
+        slots: Of a model.
+        model: The model; there is no slot where it lacks the buffer's module. None: the slots are
+            in one dict by name.
+        other: The other model's slots.
+    """
+    missing = {
+        name: slot
+        for name, slot in other.items()
+        if name not in slots and slot.is_buffer and slot.persistent
+    }
+    if not missing:
+        return slots
+    if model is None:
+        own = next((slot.owner for slot in slots.values()), {})
+        return slots | {name: slot._replace(owner=own, key=name) for name, slot in missing.items()}
+    modules = {clean_name(n): module for n, module in model.named_modules(remove_duplicate=False)}
+    return slots | {
+        name: missing[name]._replace(owner=modules[prefix]._buffers, key=key)
+        for name in missing
+        for prefix, _, key in [name.rpartition(".")]
+        if prefix in modules
     }
 
 
@@ -155,31 +208,3 @@ def check_model(model: object) -> None:
                 f"'{name}' is {dtensor.describe(parameter)}: its values are sums over the ranks, "
                 "which have to be made before they are averaged. Call redistribute() on it first."
             )
-
-
-def copy_model(model: nn.Module, tensors: Mapping[Tensor | None, Tensor | None]) -> nn.Module:
-    """A deep copy with all torch.compile wrappers taken off, so that names are clean.
-
-    Args:
-        model: The model.
-        tensors: From the model's tensors to those that the copy has in their place. Subclasses of
-            Tensor are left to their own `__deepcopy__`.
-
-    Raises:
-        RuntimeError: The model cannot be copied.
-    """
-    memo: dict[int, Any] = {
-        id(own): other for own, other in tensors.items() if type(own) in (nn.Parameter, Tensor)
-    }
-    try:
-        for module in reversed([*model.modules()]):  # inner ones first
-            if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
-                memo[id(module)] = copy.deepcopy(compiled, memo)
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise RuntimeError(
-            f"The model cannot be copied to make an EMA model ({error}). Often a module has an "
-            "attribute that is a computed tensor (after a forward pass, by pruning, by the old "
-            "weight_norm): build the EMA before, or give an ema_model, another instance of the "
-            "model."
-        ) from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,13 @@ class Pair:
 
 
 class Pairs(NamedTuple):
-    """All pairs of two models."""
+    """All pairs of two models, and buffers of the EMA without a pair."""
 
     averaged: list[Pair]
     copied: list[Pair]  # at every update; one for each slot
     sync_only: list[Pair]  # the EMA model's own buffers, which only `sync` copies
+    unpaired: list[Slot]  # the EMA model's own buffers, which nothing copies
+    vanished: list[str]  # copied buffers that the online model has no longer
 
 
 def pair_models(
@@ -66,9 +68,14 @@ def pair_models(
     left_out: Container[str] = (),
     ema_dtype: torch.dtype | None = None,
     owned: Iterable[int] = (),
+    paired: Mapping[str, torch.Size],
     new: bool = False,
 ) -> Pairs:
     """Pair an online model's tensors with its EMA's.
+
+    A copied buffer of the EMA becomes what the online model's is: it gets its shape, appears and
+    vanishes with it. A non-persistent buffer that one model lacks, or that differs in shape, is
+    each model's own, e.g. a cache as long as the longest sequence that the model has seen.
 
     Args:
         online: The online model's slots.
@@ -78,6 +85,7 @@ def pair_models(
         left_out: Names that the EMA does not hold.
         ema_dtype: For new and for copied real floating tensors; None: their own.
         owned: Ids of the EMA tensors that earlier pairings made for copied pairs.
+        paired: The online shape of each name of the pairing before; empty if this is the first.
         new: Whether the EMA has no tensors yet.
 
     Raises:
@@ -91,17 +99,31 @@ def pair_models(
     ema_names = {name for name in ema if ema[name].whole() is not None}
     if new:
         ema_names = online_names & ema.keys()
+    unpaired: list[Slot] = []
+    vanished: list[str] = []
+
+    def is_copied_buffer(name: str, slot: Slot) -> bool:
+        averaged = _is_averaged(slot, handle_buffers) and selection.scale([name]) is not None
+        return slot.is_buffer and not averaged
+
     for name in online_names ^ ema_names:
         slots = [model[name] for model in (online, ema) if name in model]
         if not slots[0].is_buffer:
             continue
-        # A non-persistent buffer, e.g. a cache, may be made in one model's forward and not yet in
-        # the other's. In "ema_train" mode all buffers are the EMA model's own.
-        if handle_buffers == "ema_train" or not all(slot.persistent for slot in slots):
-            online_names.discard(name)
+        # Made in one model's forward and not yet in the other's, e.g. a cache. In "ema_train" mode
+        # all buffers are the EMA model's own.
+        own = handle_buffers == "ema_train" or not all(slot.persistent for slot in slots)
+        if name in online_names:
+            if own:
+                online_names.discard(name)
+            elif name in ema:
+                ema_names.add(name)
+        elif own or (paired and name in online and name not in paired):
             ema_names.discard(name)
-        elif name in online_names and name in ema:  # it was None until the online model's forward
-            ema_names.add(name)
+            unpaired.append(ema[name])
+        elif name in paired and name in online and is_copied_buffer(name, ema[name]):
+            ema_names.discard(name)
+            vanished.append(name)
     _check_no_other("online model", online, "EMA model", online_names - ema_names)
     _check_no_other("EMA model", ema, "online model", ema_names - online_names)
 
@@ -115,6 +137,14 @@ def pair_models(
         if slot.is_buffer and handle_buffers == "ema_train":
             sync_only.append(pair)
             continue
+        if pair.ema.shape != pair.online.shape and slot.is_buffer:
+            if not (slot.persistent and ema_slot.persistent):
+                unpaired.append(ema_slot)
+                continue
+            # An averaged one that the EMA model's forward replaced starts anew.
+            if is_copied_buffer(name, slot) or paired.get(name) == pair.online.shape:
+                pair = _new_pair(name, slot, ema_slot, pair.ema.dtype)
+        _check_shapes(pair)
         twin = by_ema_slot.setdefault((id(ema_slot.owner), ema_slot.key), pair)
         if twin.online is not pair.online:
             raise ValueError(
@@ -130,7 +160,7 @@ def pair_models(
     for pair in averaged:
         pair.scale = selection.scale(pair.names)
     _give_own_storage(copied + sync_only if new else copied, ema_dtype, {*owned})
-    return Pairs(averaged, copied, sync_only)
+    return Pairs(averaged, copied, sync_only, unpaired, vanished)
 
 
 def _check_no_other(model: str, slots: Slots, other: str, names: set[str]) -> None:
@@ -154,14 +184,7 @@ def _pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) 
     online, ema = slot.read(), ema_slot.read()
     assert online is not None
     if ema is None:
-        dtype = ema_dtype if ema_dtype and online.is_floating_point() else online.dtype
-        if online.numel():  # a placeholder: it is expanded, so that it takes no memory
-            ema = online.new_zeros((), dtype=dtype).expand(online.shape)
-        else:
-            ema = torch.empty_like(online, dtype=dtype)
-        if isinstance(online, nn.Parameter):
-            ema = nn.Parameter(ema, requires_grad=False)
-        return Pair([name], [slot], [ema_slot], online, ema, new=True)
+        return _new_pair(name, slot, ema_slot, ema_dtype)
     whole, ema_whole = slot.whole(), ema_slot.whole()
     if dtensor.sharding(whole) != dtensor.sharding(ema_whole):
         raise ValueError(
@@ -171,13 +194,33 @@ def _pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) 
             "ema_model that is sharded likewise, or without: a sharded model needs none, see "
             "ModelEMA.swapped()."
         )
-    if online.shape != ema.shape:
-        raise ValueError(
-            f"'{name}' is {tuple(online.shape)} in the online model but {tuple(ema.shape)} in the "
-            "EMA model: tensors of different shapes cannot be averaged. Build a new ModelEMA (or "
-            "EMAHandler) after changing a shape."
-        )
     return Pair([name], [slot], [ema_slot], online, ema, new=False)
+
+
+def _new_pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) -> Pair:
+    """A pair with an EMA tensor to be made; a floating one of `ema_dtype`, if that is floating."""
+    online: Any = slot.read()
+    floating = ema_dtype is not None and ema_dtype.is_floating_point and online.is_floating_point()
+    dtype = ema_dtype if floating else online.dtype
+    if online.numel():  # a placeholder: it is expanded, so that it takes no memory
+        ema = online.new_zeros((), dtype=dtype).expand(online.shape)
+    else:
+        ema = torch.empty_like(online, dtype=dtype)
+    if isinstance(online, nn.Parameter):
+        ema = nn.Parameter(ema, requires_grad=False)
+    return Pair([name], [slot], [ema_slot], online, ema, new=True)
+
+
+def _check_shapes(pair: Pair) -> None:
+    if pair.online.shape != pair.ema.shape:
+        remedy = "Build a new ModelEMA (or EMAHandler) after changing a shape"
+        if pair.online_slots[0].is_buffer:
+            remedy += f", or have this buffer copied and not averaged: exclude='{pair.name}'"
+        raise ValueError(
+            f"'{pair.name}' is {tuple(pair.online.shape)} in the online model but "
+            f"{tuple(pair.ema.shape)} in the EMA model: tensors of different shapes cannot be "
+            f"averaged. {remedy}."
+        )
 
 
 def _merge_tied(pairs: list[Pair]) -> list[Pair]:
@@ -320,7 +363,7 @@ def is_averageable(tensor: Tensor) -> bool:
 def _is_averaged(slot: Slot, handle_buffers: str) -> bool:
     """Whether the tensor there is averaged unless `include` and `exclude` leave it out."""
     tensor = slot.read()
-    averages_kind = handle_buffers == "update" or not slot.is_buffer
+    averages_kind = not slot.is_buffer or (handle_buffers == "update" and not slot.copied_only)
     return averages_kind and tensor is not None and is_averageable(tensor)
 
 

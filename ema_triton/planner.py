@@ -97,7 +97,7 @@ class Planner:
         _synchronize(devices)  # updates on other streams may still be writing the EMA
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            pairs = self._state.lay_out(online, ema_dtype)
+            pairs = self._state.lay_out(self._model, online, ema_dtype)
             plan = make_plan(self._state, pairs, self._model)
             _synchronize(devices)  # with the last plan, memory is freed that is being copied
             choose(self._backend, plan)

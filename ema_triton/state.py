@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ema_triton.copying import check_references, copy_model
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slots, are_sharded, copy_model, empty_slots, slots_of
+from ema_triton.modules import Slots, add_vacant, are_sharded, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
-from ema_triton.pairing import REAL_DTYPE, Pair, Pairs, memory_key, pair_models
+from ema_triton.pairing import (
+    REAL_DTYPE,
+    Pair,
+    Pairs,
+    memory_key,
+    own_copy,
+    pair_models,
+    storage_ptr,
+)
 from ema_triton.schedules import Schedule, momentum_from
 from ema_triton.selection import Selection
 
@@ -140,6 +149,7 @@ class EMAState:
         self.buckets: list[Bucket] = []
         self.residuals: dict[str, Tensor] = {}
         self._copied: list[Tensor] = []  # the EMA tensors of what is copied
+        self._paired: dict[str, torch.Size] = {}  # by name, with the online tensor's shape
         self._order: list[str] = []  # of the averaged tensors in their buckets
         self._stochastic_updates = 0  # before the buckets were laid out
         self._skipped: dict[str, int] = {}  # likewise, by name
@@ -155,12 +165,15 @@ class EMAState:
 
         Around parts of tensors there is none.
         """
+        as_module = as_module and not are_sharded(online)
+        if as_module:
+            check_references(model)
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             averages_all = self._handle_buffers == "update"
             self._own_slots = empty_slots(online, self._left_out, non_persistent=averages_all)
-            self.lay_out(online, ema_dtype, new=True)
-            if as_module and not are_sharded(online):
+            self.lay_out(model, online, ema_dtype, new=True)
+            if as_module:
                 own = self._own_slots.items()
                 tensors = {online[name].whole(): slot.whole() for name, slot in own}
                 self.module, self._own_slots = copy_model(model, tensors), {}
@@ -225,7 +238,12 @@ class EMAState:
         return counts
 
     def lay_out(
-        self, online: Slots, ema_dtype: torch.dtype | None = None, *, new: bool = False
+        self,
+        model: nn.Module,
+        online: Slots,
+        ema_dtype: torch.dtype | None = None,
+        *,
+        new: bool = False,
     ) -> Pairs:
         """Pair the EMA with the online model, and move its tensors to the online tensors' devices.
 
@@ -233,7 +251,8 @@ class EMAState:
         were. Nothing changes before the last check.
 
         Args:
-            online: The online model's slots.
+            model: The online model.
+            online: Its slots.
             ema_dtype: Cast the real floating EMA tensors to it; None leaves their dtypes.
             new: Whether the EMA has no tensors yet.
 
@@ -243,14 +262,17 @@ class EMAState:
             TypeError: A tensor is of a kind that cannot be averaged.
             NotImplementedError: A tensor keeps its data in other tensors.
         """
+        own = self.slots()
+        online, own = add_vacant(online, model, own), add_vacant(own, self.module, online)
         pairs = pair_models(
             online,
-            self.slots(),
+            own,
             self._handle_buffers,
             selection=self._selection,
             left_out=self._left_out,
             ema_dtype=ema_dtype,
             owned={id(tensor) for tensor in self._copied},
+            paired=self._paired,
             new=new,
         )
         if not self._order:
@@ -294,7 +316,23 @@ class EMAState:
         for pair in pairs.averaged + pairs.copied + pairs.sync_only:
             for slot in pair.ema_slots:
                 slot.write(pair.ema, like=pair.online_slots[0].whole())
+        for name in pairs.vanished:
+            own[name].owner[own[name].key] = None
+            if online[name].key not in online[name].owner:
+                del own[name].owner[own[name].key]
+        in_buckets = {storage_ptr(view) for bucket in self.buckets for view in bucket.views}
+        for slot in pairs.unpaired:
+            own_buffer = slot.read()
+            if own_buffer is not None and storage_ptr(own_buffer) in in_buckets:
+                slot.write(own_copy(own_buffer))  # or it would keep the whole bucket alive
+        if self.module is None:
+            self._own_slots = own
         self.buckets, self.residuals = buckets, residuals
+        self._paired = {
+            name: pair.online.shape
+            for pair in pairs.averaged + pairs.copied + pairs.sync_only
+            for name in pair.names
+        }
         self._copied = [pair.ema for pair in pairs.copied]
         self._skipped = {
             pair.name: skipped.get(pair.name, 0)

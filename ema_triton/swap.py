@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, chain, count
+from operator import is_not
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ema_triton.distributed import dtensor
 from ema_triton.modules import Slot, renew_caches
-from ema_triton.pairing import memory_key, quoted
+from ema_triton.pairing import memory_key, own_copy, quoted
 from ema_triton.plan import Launch, Plan
 
 
@@ -23,6 +25,9 @@ class Swap:
     Where both sides have one dtype, their values are exchanged, and the residuals of an exact EMA
     stay. Elsewhere, and for the tensors that are copied at each update, the EMA's values are copied
     over the online ones, which wait in a clone.
+
+    Persistent buffers are afterwards what they were. A non-persistent one that changed its shape
+    inside, appeared or vanished stays so: it is a cache, and the module counts on it.
     """
 
     def __init__(self, model: nn.Module, ema_model: nn.Module | None, plan: Plan) -> None:
@@ -41,12 +46,18 @@ class Swap:
                 self._copied += zip(launch.sources, launch.targets, strict=True)
         names = {name for launch in self._launches for name in launch.names}
         self._exchanged_pairs = [pair for pair in plan.averaged if pair.name in names]
-        self._copied_snapshots = list[Snapshot]()
+        self._copied_pairs = [pair for pair in plan.averaged if pair.name not in names]
+        self._replaced = list[tuple[Slot, Tensor]]()  # by an EMA tensor of another shape
         for pair in plan.copies.pairs + plan.sync_only:
-            online, ema = pair.online_slots[0].read(), pair.ema_slots[0].read()
-            if online is not None and ema is not None:
+            slot = pair.online_slots[0]
+            online, ema = slot.read(), pair.ema_slots[0].read()
+            if online is None or ema is None:
+                continue
+            self._copied_pairs.append(pair)
+            if online.shape == ema.shape:
                 self._copied.append((online, ema))
-                self._copied_snapshots.append(Snapshot(pair.online_slots[0]))
+            elif slot.persistent:
+                self._replaced.append((slot, ema))
         for online, _ in self._copied:
             if torch._debug_has_internal_overlap(online) == 1:
                 raise ValueError(
@@ -68,6 +79,7 @@ class Swap:
         self._owners = tuple(owner for owner in owners if not owner.is_inference())
         self._versions = tuple(owner._version for owner in self._owners)
         self._clones = [online.detach().clone() for online, _ in self._copied]
+        self._buffers = [BuffersSnapshot(module) for module in self._models[0].modules()]
         exchanged: list[Launch] = []
         try:
             with torch.no_grad():
@@ -76,6 +88,8 @@ class Swap:
                     exchanged.append(launch)
                 for online, ema in self._copied:
                     online.detach().copy_(ema)
+                for slot, ema in self._replaced:
+                    slot.write(own_copy(ema))
                 if self._overlap:
                     _check_values(self._plan.launches)
             self._raise_versions()
@@ -84,11 +98,13 @@ class Swap:
             self._restore(exchanged)
             raise
         open_swaps.add(self)
-        self._averaged_snapshots = [
-            (pair.name, Snapshot(slot))
-            for pair in self._plan.averaged
-            for slot in (*pair.online_slots, *pair.ema_slots)
-        ]
+        kept = [(pair, pair.online_slots) for pair in self._exchanged_pairs]
+        kept += [(pair, pair.ema_slots) for pair in self._plan.averaged]
+        copied = [(pair, pair.online_slots) for pair in self._copied_pairs]
+        self._kept_snapshots, self._copied_snapshots = (
+            [(pair.name, Snapshot(slot)) for pair, slots in of_pairs for slot in slots]
+            for of_pairs in (kept, copied)
+        )
         self._warning = self._models[0].register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _warn_of_ema_values
         )
@@ -98,21 +114,37 @@ class Swap:
         open_swaps.discard(self)
         self._warning.remove()
         dtensor.reshard_fsdp2(*self._models)  # the gathered values are the EMA's
-        changed = {name: None for name, snapshot in self._averaged_snapshots if snapshot.restore()}
-        for snapshot in self._copied_snapshots:
-            snapshot.restore()
+        modules = {id(m._buffers): m for model in self._models for m in model.modules()}
+        changed, lost = (
+            {name: None for name, snapshot in snapshots if snapshot.restore(modules)}
+            for snapshots in (self._kept_snapshots, self._copied_snapshots)
+        )
         self._restore(self._launches)
         self._plan.bump_versions()
         self._forget_caches()
+        remarks = []
         if changed:
-            warnings.warn(
+            remarks.append(
                 f"{quoted([*changed])} was written, or replaced, while the models' weights were "
                 "swapped (by an optimizer's step, a load_state_dict, a cast?). What was written "
                 "into the online model went into the EMA's values, and what was replaced is as "
-                "before. Leave the swap before training on.",
-                UserWarning,
-                stacklevel=4,
+                "before. Leave the swap before training on."
             )
+        if lost:
+            place = "in the EMA model: torch.optim.swa_utils.update_bn(loader, ema.ema_model)"
+            if len(self._models) == 1:
+                place = (
+                    "in a copy made inside, as there is no ema_model: "
+                    "torch.optim.swa_utils.update_bn(loader, copy.deepcopy(model))"
+                )
+            remarks.append(
+                f"{quoted([*lost])} was written while the models' weights were swapped, and what "
+                "was written is lost: the online model has its own values again, from which its "
+                f"training goes on. Estimate BatchNorm's statistics for the EMA {place}. If the "
+                "model was only left in train mode, call eval() before evaluating it."
+            )
+        if remarks:
+            warnings.warn(" ".join(remarks), UserWarning, stacklevel=4)
 
     def ema_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """These weights of the EMA, with the exchanged values, which the online model has now."""
@@ -129,7 +161,10 @@ class Swap:
             for launch in exchanged:
                 launch.backend.exchange(launch)
             for (online, _), clone in zip(self._copied, self._clones, strict=True):
-                online.detach().copy_(clone)
+                if online.shape == clone.shape:
+                    online.detach().copy_(clone)
+        for buffers in self._buffers:
+            buffers.restore()
         set_versions(self._owners, self._versions)
 
     def _raise_versions(self) -> None:
@@ -213,26 +248,63 @@ def _warn_of_ema_values(module: nn.Module, prefix: str, keep_vars: bool) -> None
 
 
 class Snapshot:
-    """The tensor in a slot, its memory and its version, to be restored."""
+    """The tensor in a slot, its memory and the number of writes, to be restored."""
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._tensor: Any = slot.whole()
         self._part: Tensor = dtensor.local_part(self._tensor)
         self._data = self._part.detach()
-        self._version = dtensor.version(self._tensor)
+        # A batch norm's kernel writes its running statistics without counting it as a write.
+        batches = slot.owner.get("num_batches_tracked") if slot.is_buffer else None
+        self._counted = [self._tensor] if batches is None else [self._tensor, batches]
+        self._versions = [*map(dtensor.version, self._counted)]
 
-    def restore(self) -> bool:
-        """Restore the slot; whether the tensor was written, or it or its memory was replaced."""
-        written = dtensor.version(self._tensor) != self._version
+    def restore(self, modules: Mapping[int, nn.Module]) -> bool:
+        """Restore the slot; whether it is remarkable that its tensor was written or replaced.
+
+        A cache is not: a buffer that is not persistent, or has changed its shape. Nor is what a
+        module writes in eval mode.
+
+        Args:
+            modules: By the id of the buffers that they own.
+        """
+        slot, now = self._slot, self._slot.read()
+        reshaped = slot.is_buffer and (now is None or now.shape != self._data.shape)
+        if reshaped and not slot.persistent:
+            return False
+        changed = [*map(dtensor.version, self._counted)] != self._versions
         if (
-            self._slot.whole() is self._tensor
-            and dtensor.local_part(self._tensor) is self._part
-            and memory_key(self._part) == memory_key(self._data)
+            slot.whole() is not self._tensor
+            or dtensor.local_part(self._tensor) is not self._part
+            or memory_key(self._part) != memory_key(self._data)
         ):
-            return written
-        self._slot.owner[self._slot.key] = self._tensor
-        if self._part is not self._tensor:
-            self._tensor._local_tensor = self._part
-        self._part.data = self._data
-        return True
+            changed = True
+            slot.owner[slot.key] = self._tensor
+            if self._part is not self._tensor:
+                self._tensor._local_tensor = self._part
+            self._part.data = self._data
+        module = modules.get(id(slot.owner))
+        # A batch norm writes in train mode only, in which update_bn() has it for a while.
+        in_train_mode = module is None or module.training or isinstance(module, _NormBase)
+        return changed and slot.persistent and in_train_mode and not reshaped
+
+
+class BuffersSnapshot:
+    """The persistent buffers of a module, to be restored in their order."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._before = module, dict(module._buffers)
+        self._own = module._non_persistent_buffers_set.copy()
+
+    def restore(self) -> None:
+        """Take out what appeared, and put back what vanished or was replaced."""
+        buffers, before = self._module._buffers, self._before
+        if [*buffers] == [*before] and not any(map(is_not, buffers.values(), before.values())):
+            return
+        persistent = {key: buffer for key, buffer in before.items() if key not in self._own}
+        own = self._module._non_persistent_buffers_set
+        own -= persistent.keys()
+        restored = {key: buffer for key, buffer in buffers.items() if key in own} | persistent
+        buffers.clear()
+        buffers |= {key: restored[key] for key in before if key in restored} | restored

@@ -111,13 +111,13 @@ def test_an_integer_parameter_that_becomes_floating_is_averaged() -> None:
     assert ema.ema_model.table.tolist() == [1.5, 4.0]
 
 
-@pytest.mark.parametrize("after", [torch.ones(3, 2), torch.ones(6), torch.ones(2, 3).to_sparse()])
-def test_a_buffer_that_no_longer_fits_stops_the_update_before_it_starts(after: Tensor) -> None:
+@pytest.mark.parametrize("after", [torch.ones(2, 3).to_sparse(), torch.ones(4).to_sparse()])
+def test_a_buffer_that_cannot_be_copied_stops_the_update_before_it_starts(after: Tensor) -> None:
     model = Buffers(buffer=torch.zeros(2, 3))
     ema = ModelEMA(model)
     model.weight.data.fill_(1.0)
     model.buffer = after
-    with pytest.raises((ValueError, TypeError), match="'buffer'"):
+    with pytest.raises(TypeError, match="'buffer'"):
         ema.update(0.5)
     assert ema.ema_model.weight.eq(0.0).all()
     model.buffer = torch.ones(2, 3)

@@ -1,5 +1,6 @@
 """What is written for users runs: the README's blocks, the docstrings' examples."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -64,3 +65,31 @@ def test_readme_names_every_schedule_and_backend() -> None:
     schedules = set(ema_triton.__all__) - {"EMAHandler", "ModelEMA"}
     for name in [*schedules, *BACKENDS]:
         assert name in readme, name
+
+
+def messages() -> str:
+    """All text in the package's code, with a blank for each value that is filled in."""
+    texts = []
+    for path in (ROOT / "ema_triton").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [one.value if isinstance(one, ast.Constant) else " " for one in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_table_of_models_quotes_real_messages() -> None:
+    table = (ROOT / "docs/models.md").read_text()
+    rows = [row for row in table.splitlines() if row.startswith("|")]
+    quotes = [quote for row in rows for quote in re.findall(r'(?<![=(`\w])"([^"`]{13,})"', row)]
+    assert len(quotes) >= 15
+    text = messages()
+    for quote in quotes:
+        assert quote in text, quote
+    assert "is a TorchScript module, whose tensors nobody can reach" not in text
+
+
+def test_the_table_of_models_is_linked_from_the_readme() -> None:
+    assert "(docs/models.md)" in (ROOT / "README.md").read_text()

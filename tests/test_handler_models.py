@@ -159,14 +159,15 @@ def without(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "words", "handle_buffers"),
     [
-        (with_shape, ["weight", "3, 4", "5, 4"]),
-        (with_buffer_shape, ["extra", "2", "5"]),
-        (without, ["bias"]),
+        (with_shape, ["weight", "3, 4", "5, 4"], "copy"),
+        (with_shape, ["weight", "3, 4", "5, 4"], "update"),
+        (with_buffer_shape, ["extra", "2", "5", "exclude"], "update"),
+        (without, ["bias"], "copy"),
+        (without, ["bias"], "update"),
     ],
 )
-@pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 def test_a_changed_shape_is_an_error_naming_it(
     change: Callable[[nn.Module], None], words: list[str], handle_buffers: str
 ) -> None:

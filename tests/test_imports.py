@@ -104,6 +104,7 @@ def test_imports_go_down_the_floors() -> None:
             "modules",
         },
         {"pairing"},
+        {"copying"},
         {"state", "staleness", "checkpoint.interop"},
         {"plan", "checkpoint.state_dict"},
         {"ops.foreach_backend", "ops.triton_backend", "swap"},

@@ -129,15 +129,12 @@ def test_a_shape_that_changes_at_the_same_address_is_an_error() -> None:
         ema.update(0.5)
 
 
-def test_a_buffer_that_changed_shape_is_an_error_that_names_it() -> None:
+def test_an_averaged_buffer_that_changed_shape_is_an_error_that_names_it() -> None:
     model = nn.BatchNorm1d(3)
-    for handle_buffers in ("copy", "update"):
-        ema = ModelEMA(model, handle_buffers=handle_buffers)
-        right = model.running_mean
-        model.running_mean = torch.zeros(1)
-        with pytest.raises(ValueError, match=r"'running_mean' is \(1,\) .* but \(3,\)"):
-            ema.update(0.5)
-        model.running_mean = right
+    ema = ModelEMA(model, handle_buffers="update")
+    model.running_mean = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"'running_mean' is \(1,\) .* but \(3,\)"):
+        ema.update(0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from ema_triton import ModelEMA
 from ema_triton.state import CHUNK
@@ -204,14 +205,130 @@ def test_what_is_cast_or_replaced_inside_is_as_before(
     assert same(contents(ema.ema_model), averaged)
 
 
+WRITTEN = r"'norm.num_batches_tracked'.* was written while .*what was written is lost"
+
+
 @pytest.mark.parametrize("handle_buffers", ["copy", "update", "ema_train"])
-def test_a_model_evaluated_in_train_mode_keeps_its_buffers(handle_buffers: str) -> None:
+def test_a_model_evaluated_in_train_mode_keeps_its_buffers_and_is_warned_of(
+    handle_buffers: str,
+) -> None:
     ema = trained(handle_buffers=handle_buffers)
     online = contents(ema.model)
-    with ema.swapped() as model:
-        model.norm.train()(torch.randn(5, 4, 2, 2))
-        model.steps = model.steps + 1  # a module may well replace its buffer
+
+    def inside() -> None:
+        with ema.swapped() as model:
+            model.norm.train()(torch.randn(5, 4, 2, 2))
+            model.steps = model.steps + 1  # a module may well replace its buffer
+
+    with pytest.warns(UserWarning, match=WRITTEN) as warned:
+        inside()
+    (text,) = (str(one.message) for one in warned)
+    assert "'steps'" in text
+    assert "call eval() before evaluating" in text
+    # Averaged ones change places, and so what is written into them is not lost.
+    went = text.startswith("'norm.running_mean', 'norm.running_var' was written, or replaced")
+    assert went == (handle_buffers == "update")
+    assert text.count("'norm.running_mean', 'norm.running_var'") == 1
     assert same(contents(ema.model), online)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({}, r"update_bn\(loader, ema\.ema_model\)"),
+        ({"as_module": False}, r"update_bn\(loader, copy\.deepcopy\(model\)\)"),
+    ],
+)
+def test_statistics_estimated_anew_inside_are_lost_and_the_warning_says_where_to(
+    options: dict[str, Any], place: str, mode: bool
+) -> None:
+    ema, loader = norm_ema(**options)
+    ema.model.train(mode)
+    before = contents(ema.model)
+    averaged = {name: value.clone() for name, value in ema.state_dict()["weights"].items()}
+
+    def inside() -> nn.Sequential:
+        with ema.swapped() as model:
+            update_bn(loader, model)
+            return copy.deepcopy(model)
+
+    with pytest.warns(UserWarning, match="is lost.*" + place) as warned:
+        copied = inside()
+    assert len(warned) == 1
+    assert "'1.running_mean', '1.running_var', '1.num_batches_tracked'" in str(warned[0].message)
+    assert "'0." not in str(warned[0].message)
+    assert same(contents(ema.model), before)
+    assert same(ema.state_dict()["weights"], averaged)
+    # What the warning recommends.
+    estimated = copied[1].running_mean.clone()
+    if "as_module" not in options:
+        update_bn(loader, ema.ema_model)
+        copied = ema.ema_model
+    assert torch.equal(copied[1].running_mean, estimated)
+    assert not torch.equal(estimated, averaged["1.running_mean"])
+
+
+def norm_ema(**options: Any) -> tuple[ModelEMA, list[Tensor]]:
+    torch.manual_seed(0)
+    ema = ModelEMA(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), **options)
+    ema.model[0].weight.data.add_(1.0)
+    ema.update(0.5)
+    return ema, [torch.randn(8, 3) for _ in range(4)]
+
+
+def evaluate(ema: ModelEMA) -> None:
+    with ema.swapped() as model:
+        model(torch.ones(2, 3))
+
+
+def test_an_evaluation_in_eval_mode_does_not_warn() -> None:
+    class Counting(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4))
+            self.register_buffer("calls", torch.tensor(0))
+            self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.calls += 1
+            self.cache += 1
+            return super().forward(inputs)
+
+    for handle_buffers in ("copy", "update", "ema_train"):
+        ema = ModelEMA(Counting(), handle_buffers=handle_buffers)
+        model = ema.model.eval()
+        evaluate(ema)
+        assert model.calls == 0
+        # The control: what is not persistent does not count in train mode either.
+        model.train()[1].eval()
+        with pytest.warns(UserWarning, match=r"^'calls' was written while"):
+            evaluate(ema)
+        assert model.calls == 0
+
+
+def test_what_is_written_into_an_online_tensor_of_another_dtype_is_lost() -> None:
+    """It is copied over, and does not change places with the EMA's."""
+    ema = trained(torch.bfloat16, ema_dtype=torch.float32)
+    averaged = contents(ema.ema_model)
+
+    def inside() -> None:
+        with ema.swapped() as model, torch.no_grad():
+            model.conv.weight.add_(1)
+
+    with pytest.warns(UserWarning, match=r"^'conv.weight' was written while .* is lost"):
+        inside()
+    assert same(contents(ema.ema_model), averaged)
+
+
+def test_an_evaluator_that_leaves_the_model_in_train_mode_is_warned_of() -> None:
+    model = nn.BatchNorm1d(3)
+    handler = EMAHandler(model)
+    evaluator = Engine(lambda engine, batch: model(batch))
+    handler.attach_swap(evaluator)
+    with pytest.warns(UserWarning, match=r"^'running_mean', 'running_var', .* is lost"):
+        evaluator.run([torch.randn(4, 3)] * 2)
+    model.eval()
+    evaluator.run([torch.randn(4, 3)] * 2)
 
 
 def test_the_online_models_state_inside_is_warned_of() -> None:

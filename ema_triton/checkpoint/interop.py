@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import stat
 import tempfile
@@ -17,6 +18,18 @@ from ema_triton.modules import clean_weights
 from ema_triton.pairing import INTEGERS, memory_key, quoted, storage_ptr, unsupported
 
 PLAIN = "a module's state dict"
+DIFFUSERS = "diffusers' EMAModel"
+
+# The files of weights in a folder that `save_pretrained` of diffusers or transformers wrote. Where
+# a model has several, an index stands in their place.
+DIFFUSERS_NAME = "diffusion_pytorch_model"
+FOLDER_NAMES = (
+    f"{DIFFUSERS_NAME}.safetensors",
+    "model.safetensors",
+    f"{DIFFUSERS_NAME}.bin",
+    "pytorch_model.bin",
+)
+INDEX = ".index.json"
 
 
 class Wrapper(NamedTuple):
@@ -47,7 +60,7 @@ class ForeignWeights(NamedTuple):
     weights: dict[str, Any]  # by clean name
     source: str
     updates: int | None  # as that library counts them; None: it does not say
-    missing: list[str]  # names that it does not have; `weights` has the EMA's own tensors there
+    has_all_names: bool = True  # False: it has the parameters only
 
 
 def extract_weights(
@@ -82,7 +95,7 @@ def extract_weights(
     """
     state = check_dict(state)
     if isinstance(state.get("shadow_params"), (list, tuple)):
-        return _by_order(state, own, parameters)
+        return _by_order(state, parameters)
     of_timm = state.get("state_dict_ema")
     found = _by_name(of_timm if isinstance(of_timm, Mapping) else state, own)
     if found is not None:
@@ -119,7 +132,7 @@ def _by_name(state: Mapping[Any, Any], own: Mapping[str, Any]) -> ForeignWeights
     """Without as many prefixes as makes the names match best; None: it holds no weights."""
     if not all(isinstance(name, str) for name in state):
         return None
-    found = best = ForeignWeights(clean_weights(state), PLAIN, None, [])
+    found = best = ForeignWeights(clean_weights(state), PLAIN, None)
     while wrapper := next((w for w in WRAPPERS if w.matches(found.weights)), None):
         if found.source == PLAIN:  # the outermost wrapper that counts updates is the source
             updates = _count(found.weights.get(wrapper.counter))
@@ -140,9 +153,7 @@ def _by_name(state: Mapping[Any, Any], own: Mapping[str, Any]) -> ForeignWeights
     return best
 
 
-def _by_order(
-    state: Mapping[Any, Any], own: Mapping[str, Any], parameters: Sequence[Sequence[str]]
-) -> ForeignWeights:
+def _by_order(state: Mapping[Any, Any], parameters: Sequence[Sequence[str]]) -> ForeignWeights:
     """The weights of diffusers' EMAModel, which has no buffers."""
     tensors = state["shadow_params"]
     if len(tensors) != len(parameters):
@@ -155,9 +166,8 @@ def _by_order(
     averaged: dict[str, Any] = {}
     for names, tensor in zip(parameters, tensors, strict=True):
         averaged |= dict.fromkeys(names, tensor)
-    missing = [name for name in own if name not in averaged]
     updates = _count(state.get("optimization_step"))
-    return ForeignWeights({**own, **averaged}, "diffusers' EMAModel", updates, missing)
+    return ForeignWeights(averaged, DIFFUSERS, updates, has_all_names=False)
 
 
 def _count(value: object) -> int | None:
@@ -227,6 +237,67 @@ def write_safetensors(
         with open(new, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(new, target)
+
+
+def read_path(path: str | os.PathLike[str]) -> tuple[object, int | None]:
+    """Read a file, or a folder that `save_pretrained` of diffusers or transformers wrote.
+
+    Args:
+        path: A file of `read_file`, an index of several, or a folder with one of these.
+
+    Returns:
+        What is in it; and how many updates the `config.json` beside it counts, if diffusers'
+        `EMAModel` wrote it.
+
+    Raises:
+        ValueError: There are no weights in the folder, or what is there cannot be read.
+        OSError: A file cannot be opened.
+        ImportError: It is a safetensors file, and safetensors is not installed.
+    """
+    file = _find_in_folder(os.fsdecode(path)) if os.path.isdir(path) else os.fsdecode(path)
+    updates = None
+    if os.path.basename(file).startswith(DIFFUSERS_NAME):
+        with (
+            suppress(OSError, ValueError, AttributeError),
+            open(os.path.join(os.path.dirname(file), "config.json"), encoding="utf-8") as config,
+        ):
+            updates = _count(json.load(config).get("optimization_step"))
+    return _read_parts(file) if file.endswith(INDEX) else read_file(file), updates
+
+
+def _find_in_folder(folder: str) -> str:
+    for name in FOLDER_NAMES:
+        for found in (os.path.join(folder, name), os.path.join(folder, name + INDEX)):
+            if os.path.isfile(found):
+                return found
+    raise ValueError(
+        f"The folder '{folder}' is none that save_pretrained wrote: there is no "
+        f"{', '.join(FOLDER_NAMES[:-1])} or {FOLDER_NAMES[-1]} in it, nor an index of their parts, "
+        f"but {quoted(sorted(os.listdir(folder))) or 'nothing'}. Give the folder with one of them "
+        "(diffusers' scripts write unet_ema into each checkpoint), or a file of weights."
+    )
+
+
+def _read_parts(index: str) -> dict[Any, Any]:
+    """The weights in all the files of an index, which are beside it."""
+    try:
+        with open(index, encoding="utf-8") as file:
+            parts = sorted({*json.load(file)["weight_map"].values()})
+        if not parts or any(os.path.basename(part) != part for part in parts):
+            raise ValueError(f"weight_map has {parts}")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{index}' is damaged ({type(error).__name__}: {error}): it names no files beside it "
+            "that have the weights. Give another copy of the folder, or a dict of its weights."
+        ) from error
+    weights: dict[Any, Any] = {}
+    for part in parts:
+        file_of_part = os.path.join(os.path.dirname(index), part)
+        try:
+            weights |= check_dict(read_file(file_of_part))
+        except ValueError as error:
+            raise ValueError(f"Of '{index}', '{part}' has no weights. {error}") from error
+    return weights
 
 
 def read_file(path: str | os.PathLike[str]) -> object:

@@ -94,6 +94,8 @@ class SavedState(NamedTuple):
     random_state: Mapping[str, int] | None = None
     update_index: int | None = None
     schedule: Schedule | None = None
+    strict: bool = True  # whether it must have the EMA's names, all of them and no others
+    source: str = "it"  # what warnings call it
 
     @classmethod
     def parse(cls, state: object) -> SavedState:
@@ -110,7 +112,7 @@ class SavedState(NamedTuple):
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
-            return cls(clean_weights(state), {})
+            return cls(clean_weights(state), {}, source=interop.PLAIN)
         version = state.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(
@@ -143,25 +145,54 @@ class SavedState(NamedTuple):
         """Compare with an EMA's tensors, by clean name.
 
         Raises:
-            ValueError: Names, shapes or kinds of tensors differ.
+            ValueError: Names (unless not `strict`), shapes or kinds of tensors differ, or a part
+                is another rank's.
         """
-        missing = [f"'{name}' is missing" for name in own if name not in self.weights]
-        names = {**self.weights, **self.residuals}
-        unexpected = [f"'{name}' is unexpected" for name in names if name not in own]
+        missing = [f"'{name}' is missing" for name in self.missing(own)]
+        unexpected = [f"'{name}' is unexpected" for name in self.unexpected(own)]
         differing = [
             f"'{name}' {difference}"
             for name, tensor in own.items()
             if name in self.weights and (difference := self._difference(name, tensor))
         ]
-        differences = missing, unexpected, differing
+        nothing = bool(own) and len(missing) == len(own)
+        names = [missing, unexpected] if self.strict or nothing else []
+        differences = [*names, differing]
         listed = [difference for kind in differences for difference in kind[:5]]
         if listed:
             more = sum(map(len, differences)) - len(listed)
             text = ", ".join(listed) + (f" and {more} more" if more else "")
+            what = "does not fit this EMA model"
+            remedy = "Load it into the EMA of a model like the one it was saved from"
+            if nothing and not self.strict:
+                what = "has none of this EMA's tensors"
+            elif not nothing and not differing:
+                remedy += "; or give strict=False to load what it has, and leave the rest as it is"
+            raise ValueError(f"The state {what}: {text}. Nothing was loaded. {remedy}.")
+        values = [*self.weights.items(), *self.residuals.items()]
+        others = {
+            name: value
+            for name, value in values
+            if name in self.weights.keys() & own.keys()
+            and dtensor.shard_like(value, own[name]) is None
+        }
+        for name, value in others.items():
             raise ValueError(
-                f"The state does not fit this EMA model: {text}. Nothing was loaded. Load it into "
-                "the EMA of a model like the one it was saved from."
+                f"The state does not have this rank's part of {quoted([*others])}: in the state "
+                f"'{name}' is {dtensor.describe_part(value)}; here it is "
+                f"{dtensor.describe_part(own[name])}. Another rank saved it, or a run with other "
+                "ranks. Nothing was loaded. Save ema.state_dict(full_state_dict=True), and load it "
+                "on all ranks by load_state_dict(state, full_state_dict=True); or use "
+                "torch.distributed.checkpoint; or load on each rank what that rank saved."
             )
+
+    def missing(self, own: Mapping[str, Tensor]) -> list[str]:
+        """The EMA's names that it does not have."""
+        return [name for name in own if name not in self.weights]
+
+    def unexpected(self, own: Mapping[str, Tensor]) -> list[str]:
+        """Its names that the EMA does not have."""
+        return [name for name in {**self.weights, **self.residuals} if name not in own]
 
     def _difference(self, name: str, own: Tensor) -> str | None:
         """Why this weight and its residual cannot be loaded into an EMA's tensor, if so."""
@@ -206,18 +237,27 @@ class SavedState(NamedTuple):
     def value(self, name: str, own: Tensor) -> Tensor:
         """This rank's part of a weight, sharded as `own` is; joined with its residual to fp32."""
         weight = dtensor.shard_like(self.weights[name], own)
+        assert weight is not None  # as it was compared
         if name not in self.residuals:
             return weight
         residual = dtensor.shard_like(self.residuals[name], own)
+        assert residual is not None
         value = join_residual(as_real(weight), residual.to(weight.device))
         return torch.view_as_complex(value) if weight.is_complex() else value
 
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> SavedState:
-        """The same with other weights and residuals, made by `function(name, tensor)`."""
-        return self._replace(
-            weights={name: function(name, value) for name, value in self.weights.items()},
-            residuals={name: function(name, value) for name, value in self.residuals.items()},
+    def map(self, own: Mapping[str, Tensor], function: Callable[[str, Tensor], Any]) -> SavedState:
+        """The same with other tensors, made by `function(name, tensor)`; None where `own` has none.
+
+        Args:
+            own: An EMA's tensors, with which it was compared.
+            function: Of what is to be loaded.
+        """
+        common = self.weights.keys() & own.keys()
+        weights, residuals = (
+            {name: function(name, value) if name in common else None for name, value in of.items()}
+            for of in (self.weights, self.residuals)
         )
+        return self._replace(weights=weights, residuals=residuals)
 
 
 def _parse_count(value: object) -> int:
@@ -227,62 +267,81 @@ def _parse_count(value: object) -> int:
 
 
 def read_weights(
-    source: Mapping[str, Any] | str | os.PathLike[str], ema: EMAState
+    source: Mapping[str, Any] | str | os.PathLike[str], ema: EMAState, *, strict: bool
 ) -> tuple[SavedState, list[str]]:
     """Read a dict or a file of this or another library.
 
     Returns:
-        The weights, and remarks on what is not in it.
+        The weights, and remarks on what is not loaded of it.
 
     Raises:
         ValueError: It is not recognised, or damaged.
         OSError: The file cannot be opened.
     """
-    state: Any = source if isinstance(source, Mapping) else interop.read_file(source)
+    state, updates = (source, None) if isinstance(source, Mapping) else interop.read_path(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
-        return SavedState.parse(state)._replace(update_index=None, schedule=None), []
+        saved = SavedState.parse(state)
+        return saved._replace(update_index=None, schedule=None, strict=strict), []
     parameters: dict[int, list[str]] = {}  # names by tensor: a tied one has several
     for name, slot in ema.slots().items():
         if not slot.is_buffer and slot.whole() is not None:
             parameters.setdefault(id(slot.whole()), []).append(name)
-    own = ema.tensors()
-    found = interop.extract_weights(state, own, [*parameters.values()])
-    residuals = {
-        name: dtensor.wrap_like(residual, own[name])
-        for name in found.missing
-        if (residual := ema.residual_of(name, dtensor.local_part(own[name]))) is not None
-    }
-    remarks = []
-    if found.missing:
-        remarks.append(f"{found.source} has no {quoted(found.missing)}, which stay as they are")
+    found = interop.extract_weights(state, ema.tensors(), [*parameters.values()])
+    weights, remarks = found.weights, []
+    if not isinstance(source, Mapping):  # a safetensors file has a tied tensor once
+        weights |= {
+            other: weights[name]
+            for names in parameters.values()
+            for name in names
+            if name in weights
+            for other in names
+            if other not in weights
+        }
+    if updates is not None:
+        found = found._replace(source=interop.DIFFUSERS, updates=updates)
+        averaged = {name for names in parameters.values() for name in names}
+        if buffers := [name for name in ema.tensors() if name in weights.keys() - averaged]:
+            remarks.append(
+                f"its {quoted(buffers)} are those of a new model, as {found.source} averages "
+                "parameters only"
+            )
     if found.updates:
         remarks.append(
             f"{found.source} counts {found.updates} updates: set update_index to go on with a "
             "schedule from there"
         )
-    return SavedState(found.weights, residuals), remarks
+    strict = strict and found.has_all_names
+    return SavedState(weights, {}, strict=strict, source=found.source), remarks
 
 
-def scatter_state(state: object, ema: EMAState) -> SavedState:
+def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
     """This rank's parts of the whole state that rank 0 gives; a collective, which all ranks call.
 
     Args:
         state: What was saved; only rank 0's is read.
         ema: The state to load it into.
+        strict: Whether it must have the EMA's names; only rank 0's is looked at.
 
     Raises:
         ValueError: On every rank, if rank 0's is no state or does not match.
     """
     own = ema.tensors()
+    wholes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in own.items()
+    }
 
     def parse_to_meta() -> SavedState:
-        saved = SavedState.parse(state)
-        saved.check_matches(own)
-        return saved.map(lambda _, tensor: tensor.to("meta"))
+        saved = SavedState.parse(state)._replace(strict=strict)
+        saved.check_matches(wholes)
+        return saved.map(own, lambda _, tensor: dtensor.local_part(tensor).to("meta"))
 
-    meta = collectives.on_rank0(parse_to_meta)
-    saved = SavedState.parse(state) if collectives.is_rank0() else meta
-    return saved.map(lambda name, tensor: collectives.scatter_from_rank0(tensor, own[name]))
+    saved = meta = collectives.on_rank0(parse_to_meta)
+    if collectives.is_rank0():
+        whole = SavedState.parse(state)
+        saved = meta._replace(weights=whole.weights, residuals=whole.residuals)
+        saved = saved.map(own, lambda _, tensor: dtensor.local_part(tensor))
+    return saved.map(own, lambda name, tensor: collectives.scatter_from_rank0(tensor, own[name]))
 
 
 def load(saved: SavedState, ema: EMAState) -> list[str]:
@@ -305,6 +364,8 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
     rounded: list[str] = []
     without_residual: list[str] = []
     for name, tensor in own.items():
+        if name not in saved.weights:
+            continue
         target, value = dtensor.local_part(tensor), saved.value(name, tensor)
         residual, dtype = ema.residual_of(name, target), target.dtype
         if residual is None:
@@ -326,6 +387,10 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
     if saved.update_index is not None:
         ema.update_index = saved.update_index
     remarks = []
+    if missing := saved.missing(own):
+        remarks.append(f"{saved.source} has no {quoted(missing)}, which stay as they are")
+    if unexpected := saved.unexpected(own):
+        remarks.append(f"its {quoted(unexpected)} are not in this EMA, and were left out")
     if rounded:
         remarks.append(f"{quoted(rounded)} had more digits than this EMA holds, and were rounded")
     if without_residual:

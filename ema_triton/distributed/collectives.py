@@ -66,4 +66,6 @@ def scatter_from_rank0(tensor: Tensor, like: Tensor) -> Tensor:
         whole.copy_(tensor)
     if _in_group():
         dist.broadcast(whole.view(-1).view(torch.uint8), 0)
-    return dtensor.wrap_like(dtensor.shard_like(whole, like).clone(), like)
+    part = dtensor.shard_like(whole, like)
+    assert part is not None  # of all elements, any part is a slice
+    return dtensor.wrap_like(part.clone(), like)

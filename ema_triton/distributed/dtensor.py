@@ -76,17 +76,46 @@ def describe(tensor: Any) -> str:  # noqa: ANN401
     return f"sharded over {tensor.device_mesh.size()} ranks ({placements})"
 
 
-def shard_like(value: Tensor, whole: Any) -> Tensor:  # noqa: ANN401
-    """This rank's part of a value, sharded as `whole` is.
+def describe_part(tensor: Any) -> str:  # noqa: ANN401
+    """The same, and which part it is."""
+    if not is_sharded(tensor):
+        return describe(tensor)
+    coordinate, shape = tensor.device_mesh.get_coordinate(), tuple(local_part(tensor).shape)
+    return f"{describe(tensor)}, at mesh coordinate {coordinate} with shape {shape}"
 
-    A value that is not sharded has all elements, the same on every rank, and is sliced. One that is
-    sharded differently is gathered: all ranks have to call this.
+
+def _splits(tensor: Any) -> list[Hashable]:  # noqa: ANN401
+    """What decides which part a rank has.
+
+    Of each mesh dimension that splits the tensor: how it does, into how many parts, and the rank's
+    coordinate, which survives `torch.load`.
     """
-    if sharding(value) == sharding(whole):
-        return local_part(value)  # type: ignore[no-any-return]
-    value = full_tensor(value)
-    if not is_sharded(whole):
-        return value
+    if not is_sharded(tensor):
+        return []
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    return [
+        (placement, mesh.size(dim), coordinate and coordinate[dim])
+        for dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate()
+    ]
+
+
+def shard_like(value: Tensor, whole: Any) -> Tensor | None:  # noqa: ANN401
+    """This rank's part of a value, sharded as `whole` is; None if the value has other elements.
+
+    It has those that the rank has which made it, or all, of which the part is a slice. Nothing is
+    gathered: the mesh of a file's `DTensor` may be that of ranks that are not there.
+
+    Args:
+        value: A tensor of `whole`'s shape, or with one more dimension at the end.
+        whole: A `DTensor` with the sharding to have, or a plain tensor.
+    """
+    part, own = local_part(value), local_part(whole)
+    if _splits(value) == _splits(whole) and part.shape[: own.dim()] == own.shape:
+        return part  # type: ignore[no-any-return]
+    if _splits(value) or part.shape != value.shape:
+        return None
+    value = part
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(

@@ -82,7 +82,7 @@ def sync(plan: Plan, online: list[Tensor]) -> None:
         current = pair.online_slots[0].read()
         if current is not None:
             for slot in pair.ema_slots:
-                slot.write(own_copy(current, pair.ema.dtype))
+                slot.write(own_copy(current, pair.ema.dtype), like=pair.online_slots[0].whole())
     plan.wrote()
 
 

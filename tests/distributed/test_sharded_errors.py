@@ -1,5 +1,8 @@
 """What a sharded model's EMA refuses, with the same error on every rank."""
 
+import copy
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,9 +13,16 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ema_triton import ModelEMA
 from tests.ranks import run
-from tests.sharded import Net, by_fsdp, of_bfloat16, wholes_of
+from tests.sharded import Net, by_fsdp, change, of_bfloat16, wholes_of
 
 pytestmark = pytest.mark.distributed
+
+
+def _full(ema):
+    """Its whole state, on every rank."""
+    state = [ema.state_dict(full_state_dict=True)]
+    dist.broadcast_object_list(state)
+    return state[0]
 
 
 def with_a_plain_twin():
@@ -121,3 +131,46 @@ def test_what_does_not_fit_is_an_error_on_every_rank() -> None:
         "the one it was saved from."
     )
     assert run(2, _loads_what_does_not_fit) == [[expected] * 2] * 2
+
+
+def _loads_some():
+    ema = ModelEMA(of_bfloat16())
+    change(ema.model, 0)
+    ema.update(0.25)
+    before = _full(ema)
+    state = copy.deepcopy(before)
+    for part in ("weights", "residuals"):
+        del state[part]["norm.bias"]
+        state[part]["first.weight"].fill_(2)
+        state[part] |= {name: torch.ones(1) for name in ("other", "another")}
+    state["weights"]["another"] = "no tensor"
+    text = (
+        "The state was loaded; but it has no 'norm.bias', which stay as they are; its 'other', "
+        "'another' are not in this EMA, and were left out."
+    )
+    # Nor is looked at what the other rank says.
+    mine, strict = (state, False) if dist.get_rank() == 0 else (None, True)
+    with pytest.warns(UserWarning, match=re.escape(text)):
+        ema.load_state_dict(mine, full_state_dict=True, strict=strict)
+    found = _full(ema)
+    for part in ("weights", "residuals"):
+        for name, value in found[part].items():
+            assert torch.equal(value, (before if name == "norm.bias" else state)[part][name]), name
+    # What each rank has of its own, and only of some.
+    ema.update(0.5)
+    mine = ema.state_dict(clone=True)
+    expected = _full(ema)
+    ema.update(0.5)
+    kept = _full(ema)
+    del mine["weights"]["first.weight"]
+    with pytest.warns(UserWarning, match="has no 'first.weight'"):
+        ema.load_state_dict(mine, strict=False)
+    found = _full(ema)
+    for part in ("weights", "residuals"):
+        for name, value in found[part].items():
+            source = kept if name == "first.weight" else expected
+            assert torch.equal(value, source[part][name]), name
+
+
+def test_what_a_state_lacks_stays_on_every_rank() -> None:
+    run(2, _loads_some)
