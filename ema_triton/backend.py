@@ -33,7 +33,7 @@ def choose(requested: str, plan: Plan) -> None:
         plan.backend = "triton"
         asked = requested == "triton"
         why = "backend='triton' was asked for" if asked else "Triton drives the device"
-        plan.reason = "; ".join([why, *_take_triton(plan.launches)])
+        plan.reason = "; ".join([why, *_take_triton(plan)])
     elif requested == "auto":
         plan.reason = reason
     else:
@@ -69,12 +69,12 @@ def _unsupported_reason(launches: Sequence[Launch], *, explicit: bool) -> str | 
     return None
 
 
-def _take_triton(launches: Sequence[Launch]) -> list[str]:
+def _take_triton(plan: Plan) -> list[str]:
     """Have Triton run what it can; what is left to foreach, and why."""
     from ema_triton.ops import triton_backend
 
     left = []
-    for launch in launches:
+    for launch in plan.launches:
         if (reason := triton_backend.unsupported_reason(launch)) is None:
             launch.backend = triton_backend
         else:
@@ -82,4 +82,7 @@ def _take_triton(launches: Sequence[Launch]) -> list[str]:
                 f"torch._foreach_lerp_ averages {len(launch.names)} tensor(s) such as "
                 f"'{launch.names[0]}': {reason}"
             )
+    for alike in plan.alike:
+        if alike[0].backend is triton_backend:
+            triton_backend.prepare_several(alike)
     return left

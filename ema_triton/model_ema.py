@@ -150,7 +150,7 @@ class ModelEMA:
         )
         if ema_model is None:
             self._state.build(self.model, online, ema_dtype, as_module=as_module)
-        self._planner = Planner(self.model, self._state, backend)
+        self._planner = Planner(self.model, [self._state], backend)
         self._planner.make(online, ema_dtype)
         if self._state.module is not None:
             self._state.module.requires_grad_(False)

@@ -1,4 +1,6 @@
-"""The plan of an update: an EMA's state and the addresses of the online tensors, as launches.
+"""The plan of an update: the EMAs' states and the addresses of the online tensors, as launches.
+
+Usually it is one EMA; a bank has several of one online model, with a state each.
 
 The online tensors stay where they are and are addressed. A plan holds until a tensor of either
 model moves; its `Staleness` notices. It is thrown away then, and nothing is lost with it.
@@ -6,7 +8,7 @@ model moves; its `Staleness` notices. It is thrown away then, and nothing is los
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -27,6 +29,11 @@ class Backend(Protocol):
     def update(self, launch: Launch, momentum: float | Tensor, /) -> None:
         """ema = lerp(ema, online, momentum) for every tensor of the launch."""
 
+    def update_several(
+        self, launches: Sequence[Launch], momenta: Sequence[float | Tensor], /
+    ) -> None:
+        """The same for launches of several EMAs that lie alike."""
+
     def exchange(self, launch: Launch, /) -> None:
         """Swap the values of the EMA tensors and of the online tensors."""
 
@@ -45,6 +52,7 @@ class Launch:
             memory, where dense. Each shares its tensor's storage and so keeps it alive: nothing
             else can appear at that address.
         targets: The EMA tensors' elements, likewise.
+        average: Whose EMA it is, by its number among the plan's.
         backend: Which runs it; `backend.choose` says.
     """
 
@@ -55,10 +63,13 @@ class Launch:
     scale: float | None
     sources: list[Tensor]
     targets: list[Tensor]
+    average: int = 0
     backend: Backend = field(init=False)
 
     @classmethod
-    def of(cls, bucket: Bucket, members: list[int], pairs: Sequence[Pair]) -> Launch:
+    def of(
+        cls, bucket: Bucket, members: list[int], pairs: Sequence[Pair], average: int = 0
+    ) -> Launch:
         """For pairs that are alike in all that a launch has in common."""
         sources = [as_real(pair.online) for pair in pairs]
         targets = [bucket.views[index] for index in members]
@@ -69,7 +80,7 @@ class Launch:
                 for tensors in (sources, targets)
             )
         dtype = REAL_DTYPE[pairs[0].online.dtype]
-        return cls(bucket, members, dtype, dense, pairs[0].scale, sources, targets)
+        return cls(bucket, members, dtype, dense, pairs[0].scale, sources, targets, average)
 
     @property
     def kind(self) -> Kind:
@@ -138,8 +149,9 @@ class Launch:
 class Plan:
     """Everything an update does: make the copies, average with every launch.
 
-    `sync_only` are the EMA model's own, which only `sync` copies. `backend` is the name of what
-    runs the launches, and `reason` says why; `backend.choose` sets both.
+    `sync_only` are the EMA model's own, which only `sync` copies. `layouts` are the states' buckets
+    when it was made. `backend` is the name of what runs the launches, and `reason` says why;
+    `backend.choose` sets both.
     """
 
     launches: list[Launch]
@@ -148,6 +160,7 @@ class Plan:
     averaged: list[Pair]
     random_states: list[Tensor]
     staleness: Staleness
+    layouts: list[tuple[EMAState, list[Bucket]]] = field(default_factory=list)
     online_caches: list[nn.Module] = field(default_factory=list)  # modules that have some
     ema_caches: list[nn.Module] = field(default_factory=list)
     backend: str = "foreach"
@@ -160,15 +173,23 @@ class Plan:
 
     def online_copies(self) -> list[Tensor] | None:
         """The online tensors that are copied, as they are now; None if the plan is stale."""
+        # Another plan may have laid out the same state.
+        if any(state.buckets != buckets for state, buckets in self.layouts):
+            return None
         return None if self.staleness.is_stale() else self.copies.read()
 
-    def update(self, momentum: float | Tensor) -> None:
-        """ema = lerp(ema, online, momentum) for every averaged tensor."""
+    def update(self, *momenta: float | Tensor) -> None:
+        """ema = lerp(ema, online, momentum) for every averaged tensor, by each EMA's momentum."""
         # Each update that rounds by chance draws by its number.
         for random_state in self.random_states:
             random_state[1:].add_(1)
-        for launch in self.launches:
-            launch.backend.update(launch, momentum)
+        for launch, *others in self.alike:
+            momentum = momenta[launch.average]
+            if others:
+                given = [momentum, *(momenta[other.average] for other in others)]
+                launch.backend.update_several([launch, *others], given)
+            else:
+                launch.backend.update(launch, momentum)
         self.wrote()
 
     def bump_versions(self) -> None:
@@ -182,6 +203,16 @@ class Plan:
             renew_caches(self.ema_caches)
 
     @cached_property
+    def alike(self) -> list[list[Launch]]:
+        """The launches, those together that differ in nothing but whose EMA they are."""
+        found: dict[Hashable, list[Launch]] = {}
+        for launch in self.launches:
+            what = launch.kind, launch.online_dtype, launch.dense, launch.scale, launch.backend
+            where = tuple(launch.bucket.names), tuple(launch.members)
+            found.setdefault((what, where), []).append(launch)
+        return [*found.values()]
+
+    @cached_property
     def ema_tensors(self) -> list[Tensor]:
         """All that is averaged."""
         return [pair.ema for pair in self.averaged]
@@ -192,27 +223,35 @@ class Plan:
         return any(launch.kind.device.type == "cuda" for launch in self.launches)
 
 
-def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
+def make_plan(states: Sequence[EMAState], pairs: Sequence[Pairs], model: nn.Module) -> Plan:
     """Group the pairs into launches.
 
     Args:
-        state: Laid out for these pairs.
-        pairs: Of the online model and the state, of now.
+        states: Laid out for these pairs.
+        pairs: Of the online model and each of the states, of now.
         model: The online model, to be watched.
     """
+    averaged = [pair for of_state in pairs for pair in of_state.averaged]
+    buckets = [bucket for state in states for bucket in state.buckets]
+    modules = [state.module for state in states if state.module is not None]
     return Plan(
-        launches=launches_of(state, pairs.averaged),
-        copies=Copies(pairs.copied),
-        sync_only=pairs.sync_only,
-        averaged=pairs.averaged,
-        random_states=[b.random_state for b in state.buckets if b.random_state is not None],
-        staleness=Staleness.over(model, state.module, pairs.averaged),
+        launches=[
+            launch
+            for number, (state, of_state) in enumerate(zip(states, pairs, strict=True))
+            for launch in launches_of(state, of_state.averaged, number)
+        ],
+        copies=Copies([pair for of_state in pairs for pair in of_state.copied]),
+        sync_only=[pair for of_state in pairs for pair in of_state.sync_only],
+        averaged=averaged,
+        random_states=[b.random_state for b in buckets if b.random_state is not None],
+        staleness=Staleness.over(model, modules, averaged),
+        layouts=[(state, state.buckets) for state in states],
         online_caches=with_caches(model),
-        ema_caches=with_caches(state.module),
+        ema_caches=[one for module in modules for one in with_caches(module)],
     )
 
 
-def launches_of(state: EMAState, averaged: Sequence[Pair]) -> list[Launch]:
+def launches_of(state: EMAState, averaged: Sequence[Pair], average: int = 0) -> list[Launch]:
     """As few as there can be: each has one bucket, online dtype, density and momentum factor."""
     by_name = {pair.name: pair for pair in averaged}
     found = []
@@ -225,5 +264,5 @@ def launches_of(state: EMAState, averaged: Sequence[Pair]) -> list[Launch]:
                 alike.setdefault(key, []).append(index)
         for members in alike.values():
             pairs = [by_name[bucket.names[index]] for index in members]
-            found.append(Launch.of(bucket, members, pairs))
+            found.append(Launch.of(bucket, members, pairs, average))
     return found

@@ -1,8 +1,9 @@
-"""The plan of an EMA as its tensors lie now: made anew when one has moved."""
+"""The plan of EMAs as their tensors lie now: made anew when one has moved."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ logger = logging.getLogger("ema_triton")
 
 
 class Planner:
-    """Has the plan of an online model and an EMA's state, and replaces it when it is stale.
+    """Has the plan of an online model and its EMAs' states, and replaces it when it is stale.
 
     Args:
         model: The online model.
-        state: The EMA's state.
+        states: Of one EMA, or of several that are updated together.
         backend: "auto", "triton" or "foreach".
 
     Attributes:
@@ -31,8 +32,8 @@ class Planner:
         captured: Plans whose chunk tables CUDA graphs go on reading.
     """
 
-    def __init__(self, model: nn.Module, state: EMAState, backend: str) -> None:
-        self._model, self._state, self._backend = model, state, backend
+    def __init__(self, model: nn.Module, states: Sequence[EMAState], backend: str) -> None:
+        self._model, self._states, self._backend = model, states, backend
         self.plan = Plan.unknown()
         self.captured: list[Plan] = []
 
@@ -71,8 +72,7 @@ class Planner:
 
     def reshard(self) -> None:
         """Have the modules of an EMA model that is sharded show their shards."""
-        if self._state.module is not None:
-            dtensor.reshard_fsdp2(self._state.module)
+        dtensor.reshard_fsdp2(*[s.module for s in self._states if s.module is not None])
 
     def make(self, online: Slots, ema_dtype: torch.dtype | None = None) -> Plan:
         """Make a new plan.
@@ -93,12 +93,12 @@ class Planner:
                 "would keep old addresses. Call update() once after the last change of the models, "
                 "then capture."
             )
-        devices = {bucket.kind.device for bucket in self._state.buckets}
+        devices = {bucket.kind.device for state in self._states for bucket in state.buckets}
         _synchronize(devices)  # updates on other streams may still be writing the EMA
         # Tensors made in inference mode could never be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            pairs = self._state.lay_out(self._model, online, ema_dtype)
-            plan = make_plan(self._state, pairs, self._model)
+            pairs = [state.lay_out(self._model, online, ema_dtype) for state in self._states]
+            plan = make_plan(self._states, pairs, self._model)
             _synchronize(devices)  # with the last plan, memory is freed that is being copied
             choose(self._backend, plan)
         if plan.reason != self.plan.reason:

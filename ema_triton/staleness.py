@@ -31,8 +31,10 @@ class Staleness:
     remembered: list[Any] | None = None
 
     @classmethod
-    def over(cls, model: nn.Module, ema_model: nn.Module | None, pairs: list[Pair]) -> Staleness:
+    def over(cls, model: nn.Module, ema_models: list[nn.Module], pairs: list[Pair]) -> Staleness:
         """Remember the models and the pairs' tensors as they are now.
+
+        An online tensor that is paired with several EMAs is looked at once.
 
         Addresses are enough to notice a move, because the plan keeps every storage alive. Sizes,
         strides and conjugation are compared because a view that replaces its tensor may have the
@@ -41,7 +43,7 @@ class Staleness:
         per 1000 tensors.
         """
         modules = [*model.modules()]
-        ema_modules = [] if ema_model is None else ema_model.modules()
+        ema_modules = [module for ema_model in ema_models for module in ema_model.modules()]
         parents = [m._modules for m in (*modules, *ema_modules) if m._modules]
         children = [*map(dict, parents)]
         dicts = [d for m in modules for d in (m._parameters, m._buffers)]
@@ -50,8 +52,9 @@ class Staleness:
         vacant = [(d, key) for d in filled for key in d if d[key] is None]
         # The strides of the first slots are compared, of matrices: most tensors are vectors, and a
         # dense vector has one stride only.
-        matrices = [s for pair in pairs if pair.online.dim() > 1 for s in pair.online_slots]
-        vectors = [s for pair in pairs if pair.online.dim() <= 1 for s in pair.online_slots]
+        places = {(id(s.owner), s.key): (s, p.online) for p in pairs for s in p.online_slots}
+        matrices = [slot for slot, online in places.values() if online.dim() > 1]
+        vectors = [slot for slot, online in places.values() if online.dim() <= 1]
         strided, online = len(matrices), len(matrices + vectors)
         slots = matrices + vectors + [s for pair in pairs for s in pair.ema_slots]
         owners, keys = [slot.owner for slot in slots], [slot.key for slot in slots]

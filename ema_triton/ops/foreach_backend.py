@@ -7,7 +7,7 @@ of bounded size, never a temporary as large as the model. Nothing waits for the 
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -63,6 +63,12 @@ def update(launch: Launch, momentum: float | Tensor) -> None:
         torch._foreach_lerp_(direct.targets, direct.sources, weights)
     else:
         _update_in_steps(launch, weight, guarded=False)
+
+
+def update_several(launches: Sequence[Launch], momenta: Sequence[float | Tensor]) -> None:
+    """`update` for launches of several EMAs."""
+    for launch, momentum in zip(launches, momenta, strict=True):
+        update(launch, momentum)
 
 
 def copy(launch: Launch) -> None:
