@@ -9,7 +9,7 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,9 +25,9 @@ from ema_triton.checkpoint.state_dict import SavedState, build, load, read_weigh
 from ema_triton.distance import Distance
 from ema_triton.distributed import collectives
 from ema_triton.interrupts import DeferSigint, SwapContext
-from ema_triton.modules import are_sharded, check_model, slots_of, unwrap
+from ema_triton.modules import are_sharded, check_model, set_apart, slots_of, unwrap
 from ema_triton.ops import foreach_backend
-from ema_triton.pairing import check_selection, check_tensors, left_out
+from ema_triton.pairing import check_selection, check_tensors, excluded_names, shared_slots
 from ema_triton.plan import Plan
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule, momentum_from
@@ -58,10 +58,11 @@ class ModelEMA:
             every rank, after sharding.
         ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
             its own values, and sharded likewise. By default a copy of `model`; of a sharded one
-            there is none.
+            there is none. What `include` and `exclude` leave out may be shared with `model`: it is
+            not held twice, nor saved, and its modules stay in the mode in which they are.
         as_module: Whether to make a copy of the module around the EMA's tensors. Without, there is
-            no `ema_model`: evaluate the online model in `swapped()`. Parameters that `include` and
-            `exclude` leave out are not held then, nor saved.
+            no `ema_model`: evaluate the online model in `swapped()`. What `include` and `exclude`
+            leave out is not held then, nor saved, nor looked at: it may be of any kind.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
         backend: "auto", "triton" or "foreach".
@@ -75,7 +76,8 @@ class ModelEMA:
         seed: Of the stochastic rounding, from 0 to 2**63 - 1; the same on all ranks keeps their
             EMAs equal.
         include: Names or globs of the tensors or modules to average, by default all; what else
-            there is gets copied at every update.
+            there is, e.g. a frozen backbone, is held twice and gets copied at every update, unless
+            as_module=False or an `ema_model` shares it.
         exclude: Those of `include` to copy all the same.
         momentum_scale: Factors for the momentum by name or glob, of which the first that matches a
             tensor counts; a product above 1 is 1, and a momentum of 1 copies whatever the factor.
@@ -143,14 +145,18 @@ class ModelEMA:
         if ema_model is not None:
             check_model(ema_model)
         online = slots_of(self.model)
-        check_tensors(online)
+        excluded = excluded_names(online, selection)
+        unheld: Container[str] = excluded if not as_module else ()
+        if ema_model is not None:
+            unheld = shared_slots(online, slots_of(unwrap(ema_model)), excluded)
+        check_tensors({name: slot for name, slot in online.items() if name not in unheld})
         check_selection(selection, online, handle_buffers)
         check_holder(self.model, ema_model, as_module, handle_buffers)
         self._state = EMAState(
             None if ema_model is None else unwrap(ema_model),
             handle_buffers=handle_buffers,
             selection=selection,
-            left_out=() if as_module else left_out(online, selection),
+            left_out=() if as_module else excluded,
             precision=precision,
             seed=seed,
             guarded=nonfinite == "skip",
@@ -161,8 +167,7 @@ class ModelEMA:
         self._planner = Planner(self.model, self._state, backend)
         self._planner.make(online, ema_dtype)
         if self._state.module is not None:
-            self._state.module.requires_grad_(False)
-            self._state.module.train(handle_buffers == "ema_train")
+            set_apart(self._state.module, self.model, training=handle_buffers == "ema_train")
 
     @property
     def ema_model(self) -> nn.Module:
