@@ -9,7 +9,7 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
@@ -24,9 +24,9 @@ from ema_triton.checkpoint.state_dict import SavedState, build, read_weights, sc
 from ema_triton.distributed import collectives
 from ema_triton.following import Following
 from ema_triton.interrupts import DeferSigint, SwapContext
-from ema_triton.modules import are_sharded, check_model, slots_of, unwrap
+from ema_triton.modules import are_sharded, check_model, set_apart, slots_of, unwrap
 from ema_triton.ops import foreach_backend
-from ema_triton.pairing import check_selection, check_tensors, left_out
+from ema_triton.pairing import check_selection, check_tensors, excluded_names, shared_slots
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule
 from ema_triton.selection import Selection
@@ -56,10 +56,11 @@ class ModelEMA:
             every rank, after sharding.
         ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
             its own values, and sharded likewise. By default a copy of `model`; of a sharded one
-            there is none.
+            there is none. What `include` and `exclude` leave out may be shared with `model`: it is
+            not held twice, nor saved, and its modules stay in the mode in which they are.
         as_module: Whether to make a copy of the module around the EMA's tensors. Without, there is
-            no `ema_model`: evaluate the online model in `swapped()`. Parameters that `include` and
-            `exclude` leave out are not held then, nor saved.
+            no `ema_model`: evaluate the online model in `swapped()`. What `include` and `exclude`
+            leave out is not held then, nor saved, nor looked at: it may be of any kind.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
             "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
@@ -77,7 +78,8 @@ class ModelEMA:
         seed: Of the stochastic rounding, from 0 to 2**63 - 1; the same on all ranks keeps their
             EMAs equal.
         include: Names or globs of the tensors or modules to average, by default all; what else
-            there is gets copied at every update.
+            there is, e.g. a frozen backbone, is held twice and gets copied at every update, unless
+            as_module=False or an `ema_model` shares it.
         exclude: Those of `include` to copy all the same.
         momentum_scale: Factors for the momentum by name or glob, of which the first that matches a
             tensor counts; a product above 1 is 1, and a momentum of 1 copies whatever the factor.
@@ -136,14 +138,19 @@ class ModelEMA:
         self._swap: Swap | None = None
         self._lock = threading.RLock()
         self._warned = False
+        module = arguments.check_holder(self.model, ema_model, as_module, handle_buffers)
         online = slots_of(self.model)
-        check_tensors(online)
+        excluded = excluded_names(online, selection)
+        unheld: Container[str] = excluded if not as_module else ()
+        if module is not None:
+            unheld = shared_slots(online, slots_of(module), excluded)
+        check_tensors({name: slot for name, slot in online.items() if name not in unheld})
         check_selection(selection, online, handle_buffers)
         self._state = EMAState(
-            arguments.check_holder(self.model, ema_model, as_module, handle_buffers),
+            module,
             handle_buffers=handle_buffers,
             selection=selection,
-            left_out=() if as_module else left_out(online, selection),
+            left_out=() if as_module else excluded,
             precision=precision,
             seed=seed,
             guarded=nonfinite == "skip",
@@ -153,8 +160,7 @@ class ModelEMA:
         self._planner = Planner(self.model, self._state, backend)
         self._planner.make(online, ema_dtype)
         if self._state.module is not None:
-            self._state.module.requires_grad_(False)
-            self._state.module.train(handle_buffers == "ema_train")
+            set_apart(self._state.module, self.model, training=handle_buffers == "ema_train")
 
     @property
     def model(self) -> nn.Module:

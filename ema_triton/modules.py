@@ -173,6 +173,24 @@ def renew_caches(modules: Iterable[nn.Module]) -> None:
             submodule.training = training
 
 
+def set_apart(ema_model: nn.Module, model: nn.Module, *, training: bool) -> None:
+    """Have an EMA model need no gradients, and set its mode; what it shares stays as it is.
+
+    Args:
+        ema_model: The EMA model.
+        model: The online model, of which it may have parameters and modules.
+        training: Whether it is in train mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    online = {id(parameter) for parameter in model.parameters()}
+    for parameter in ema_model.parameters():
+        if id(parameter) not in online:
+            parameter.requires_grad_(False)
+    ema_model.train(training)
+    for module, mode in modes:
+        module.training = mode
+
+
 def check_model(model: object) -> None:
     """Raise unless it is a module whose tensors Python can reach, with their shapes and values."""
     if not isinstance(model, nn.Module):

@@ -206,7 +206,7 @@ def make_plan(state: EMAState, pairs: Pairs, model: nn.Module) -> Plan:
         sync_only=pairs.sync_only,
         averaged=pairs.averaged,
         random_states=[b.random_state for b in state.buckets if b.random_state is not None],
-        staleness=Staleness.over(model, state.module, pairs.averaged),
+        staleness=Staleness.over(model, state.module, pairs.averaged, pairs.shared.values()),
         online_caches=with_caches(model),
         ema_caches=with_caches(state.module),
     )

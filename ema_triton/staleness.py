@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
+from ema_triton.modules import Slot
 from ema_triton.pairing import Pair
 
 
@@ -31,8 +32,14 @@ class Staleness:
     remembered: list[Any] | None = None
 
     @classmethod
-    def over(cls, model: nn.Module, ema_model: nn.Module | None, pairs: list[Pair]) -> Staleness:
-        """Remember the models and the pairs' tensors as they are now.
+    def over(
+        cls,
+        model: nn.Module,
+        ema_model: nn.Module | None,
+        pairs: list[Pair],
+        shared: Iterable[tuple[Slot, Slot]] = (),
+    ) -> Staleness:
+        """Remember the models and the pairs' tensors as they are now, and what they share.
 
         Addresses are enough to notice a move, because the plan keeps every storage alive. Sizes,
         strides and conjugation are compared because a view that replaces its tensor may have the
@@ -60,6 +67,7 @@ class Staleness:
         complex_at = [index for index, tensor in enumerate(originals) if tensor.is_complex()]
         sharded = [dtensor.is_sharded(slot.whole()) for slot in slots]
         any_sharded = any(sharded)
+        both = [[(slot.owner, slot.key) for slot in slots] for slots in zip(*shared, strict=True)]
 
         def look() -> Iterator[Any]:
             tensors: list[Any] = [*map(getitem, owners, keys)]
@@ -76,6 +84,7 @@ class Staleness:
             yield parents == children
             yield any(empty)
             yield all(map(is_, starmap(getitem, vacant), repeat(None)))
+            yield all(map(is_, *(starmap(getitem, slots) for slots in both))) if both else True
             yield [*map(len, filled)]
 
         return cls(look, [*look()])
