@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ema_triton.bank import EMABank
 from ema_triton.model_ema import ModelEMA
 from ema_triton.schedules import (
     Constant,
@@ -27,6 +28,7 @@ __all__ = [
     "CosineRamp",
     "CountWarmup",
     "Delayed",
+    "EMABank",
     "EMAHandler",
     "EqualAverage",
     "ExponentialRamp",

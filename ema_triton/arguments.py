@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import TypedDict
 
 import torch
@@ -116,6 +117,26 @@ def check_has_module(module: nn.Module | None, slots: Slots) -> nn.Module:
             f"weights (with ema.swapped() as model: ...), or {remedy}."
         )
     return module
+
+
+def refuse_in_bank(name: str | None, what: str) -> None:
+    """Raise RuntimeError if the EMA is one of a bank's, by this name."""
+    if name is not None:
+        raise RuntimeError(
+            f"{what} of the average {name!r} alone, which is one of an EMABank's: they are updated "
+            "together, in one launch. Call the bank's."
+        )
+
+
+def check_options(owner: type, options: Mapping[str, object], accepts: type) -> None:
+    """Raise TypeError if a keyword argument is neither `owner`'s nor one of `accepts`."""
+    accepted = {**signature(owner).parameters, **signature(accepts).parameters}
+    for name in options.keys() - accepted:
+        names = ", ".join(one for one in accepted if one != "options")
+        raise TypeError(
+            f"{owner.__name__} got an unexpected keyword argument {name!r}, which would do "
+            f"nothing. It takes: {names}."
+        )
 
 
 def check_momentum(momentum: object) -> float | Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -12,9 +12,10 @@ from torch._compile import _disable_dynamo
 
 from ema_triton import arguments
 from ema_triton.checkpoint.state_dict import SavedState, scatter_state
+from ema_triton.distributed import collectives
 from ema_triton.following import Following
 from ema_triton.model_ema import ModelEMA
-from ema_triton.modules import slots_of
+from ema_triton.modules import slots_of, unwrap
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule
 from ema_triton.swap import refuse_inside
@@ -68,33 +69,33 @@ class EMABank(Mapping[str, ModelEMA]):
         **options: Unpack[Options],
     ) -> None:
         _check_schedules(schedules)
-        arguments.check_options("EMABank", options, EMABank, ModelEMA)
+        arguments.check_options(EMABank, options, ModelEMA)
         if options.get("ema_model") is not None:
             raise ValueError(
-                "An EMABank makes an EMA model for each of its averages, but ema_model was given, "
-                "which cannot be all of them. Leave it out."
+                "An EMABank makes an EMA model for each of its averages, and the ema_model that "
+                "was given cannot be all of them. Leave it out."
             )
         self._averages = {
             name: ModelEMA(model, handle_buffers=handle_buffers, **options) for name in schedules
         }
-        first = next(iter(self._averages.values()))
-        self._model, self.handle_buffers = first.model, handle_buffers
+        self._model = unwrap(model)
+        self.handle_buffers = handle_buffers
         self._following: Following | None = None
+        self._lock = threading.RLock()
         self._join()
         self.schedule = schedules
         states = [average._state for average in self.values()]
-        self._planner = Planner(self._model, states, options.get("backend", "auto"))
-        self._planner.make(slots_of(self._model))
+        self._planner = Planner(self.model, states, options.get("backend", "auto"))
+        self._planner.make(slots_of(self.model))
 
     def _join(self) -> None:
-        """Have one lock for all averages, and have them updated here alone."""
-        self._lock = threading.RLock()
+        """Have the averages updated here alone, and by one thread at a time."""
         for name, average in self.items():
             average._lock, average._name_in_bank = self._lock, name
 
     def __getitem__(self, name: str) -> ModelEMA:
         if name not in self._averages:
-            raise KeyError(f"There is no average {name!r}. The bank has {self._listed()}.")
+            raise KeyError(f"There is no average {name!r} in this bank, but {', '.join(self)}.")
         return self._averages[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -102,10 +103,6 @@ class EMABank(Mapping[str, ModelEMA]):
 
     def __len__(self) -> int:
         return len(self._averages)
-
-    # As of objects; a mapping's would compare tensors.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
     @property
     def model(self) -> nn.Module:
@@ -118,20 +115,16 @@ class EMABank(Mapping[str, ModelEMA]):
 
     @property
     def ema_model(self) -> NoReturn:
-        """An error that names the averages.
-
-        Raises:
-            RuntimeError: Each average has an EMA model of its own.
-        """
+        """A RuntimeError: each average has its own."""
         raise RuntimeError(
-            "There is no single ema_model: each average has its own. Take that of one of them, "
-            f"e.g. bank[{next(iter(self))!r}].ema_model. The bank has {self._listed()}."
+            f"There are several EMA models, one of each average: {', '.join(self)}. Take one, e.g. "
+            f"bank[{next(iter(self))!r}].ema_model."
         )
 
     @property
-    def schedule(self) -> dict[str, Schedule]:
+    def schedule(self) -> dict[str, Schedule | None]:
         """Each average's function from the update index to the momentum; may be assigned."""
-        return {name: average._schedule_set() for name, average in self.items()}
+        return {name: average.schedule for name, average in self.items()}
 
     @schedule.setter
     def schedule(self, schedules: Mapping[str, Schedule]) -> None:
@@ -142,7 +135,7 @@ class EMABank(Mapping[str, ModelEMA]):
 
     @property
     def update_index(self) -> int:
-        """The number of updates made; may be assigned."""
+        """The number of updates made; may be assigned, to all averages."""
         return max(average.update_index for average in self.values())
 
     @update_index.setter
@@ -150,26 +143,17 @@ class EMABank(Mapping[str, ModelEMA]):
         for average in self.values():
             average.update_index = index
 
-    @property
-    def backend(self) -> str:
-        """What runs: "triton" or "foreach"."""
-        return self._planner.latest().backend
-
-    @property
-    def backend_reason(self) -> str:
-        """Why that backend was chosen, and what the foreach backend does instead."""
-        return self._planner.latest().reason
-
     def next_momentum(self) -> dict[str, float]:
         """The schedules' momenta for the next update, by name."""
         return {name: average.next_momentum() for name, average in self.items()}
 
     @_disable_dynamo
-    def update(self, momenta: Mapping[str, float | Tensor] | None = None) -> None:
-        """Move every average towards the online model, each by its own momentum.
+    def update(self, momentum: Mapping[str, float | Tensor] | None = None) -> None:
+        """Move every average towards the online model, by its schedule.
 
         Args:
-            momenta: By name, instead of the schedules'; each as for `ModelEMA.update`.
+            momentum: The momentum of each average by name, instead of the schedules'; values as
+                those of `ModelEMA.update`.
 
         Raises:
             ValueError: A momentum is missing, unknown or out of range, or an averaged tensor
@@ -177,18 +161,15 @@ class EMABank(Mapping[str, ModelEMA]):
             RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
                 swapped.
         """
-        if momenta is None:
-            momenta = self.next_momentum()
-        self._check_names("momenta", momenta)
-        checked = [arguments.check_momentum(momenta[name]) for name in self]
+        given = self.next_momentum() if momentum is None else momentum
+        self._check_names("momentum", given)
+        momenta = [arguments.check_momentum(given[name]) for name in self]
         with self._lock, torch.no_grad():
             swaps = (average._swap for average in self.values() if average._swap is not None)
             plan, online = self._planner.outside_swap(next(swaps, None), "update()")
-            for average, momentum in zip(self.values(), checked, strict=True):
-                average._warn_if_it_stands_still(momentum, plan.launches)
-            self._planner.update(plan, online, *checked)
-            for average in self.values():
-                average.update_index += 1
+            for average, one in zip(self.values(), momenta, strict=True):
+                average._check_fits(one, plan)
+            self._planner.update(plan, online, *momenta)
 
     def sync(self) -> None:
         """Copy the online model into every average; see `ModelEMA.sync`."""
@@ -198,21 +179,18 @@ class EMABank(Mapping[str, ModelEMA]):
     def follow(self, optimizer: object, *, every: int = 1) -> Following:
         """Update after every step that the optimizer really makes, or after every n-th.
 
-        Arguments, result and errors are those of `ModelEMA.follow`, without a schedule.
+        Arguments, result and errors are those of `ModelEMA.follow`, without the schedule.
         """
-        self._following = Following(optimizer, self._model, self.update, every, self._following)
+        self._following = Following(optimizer, self.model, self.update, every, self._following)
         return self._following
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
-        """The averages' states by name; see `ModelEMA.state_dict` for each and for the arguments.
-
-        On other ranks than 0 the states are empty with `full_state_dict`.
-        """
+        """The averages' states by name; each of them, and the arguments, as of `ModelEMA`."""
         states = {
             name: average.state_dict(clone=clone, full_state_dict=full_state_dict)
             for name, average in self.items()
         }
-        return {"averages": states}
+        return {"averages": states} if any(states.values()) else {}
 
     def load_state_dict(
         self,
@@ -221,11 +199,68 @@ class EMABank(Mapping[str, ModelEMA]):
         full_state_dict: bool = False,
         strict: bool = True,
     ) -> None:
-        """Load what `state_dict` returned, all averages or, if one does not fit, none.
+        """Load what `state_dict` returned: all averages, or none if one does not fit.
 
-        Arguments and errors are those of `ModelEMA.load_state_dict`, for each average.
+        Arguments and warnings are those of `ModelEMA.load_state_dict`, for each average.
 
         Raises:
-            ValueError: The state is no bank's, has other names, or does not fit.
+            ValueError: The state is not a bank's, has other names, or does not fit.
             RuntimeError: The models' weights are swapped.
         """
+        what, found = "load_state_dict()", dict[str, SavedState]()
+        with self._lock, torch.no_grad():
+            for average in self.values():
+                refuse_inside(average._swap, what)
+            if full_state_dict:
+                collectives.on_rank0(lambda: self._check_state(state))  # raises on all ranks
+            else:
+                self._check_state(state)
+            states: Any = state["averages"] if state else {}
+            for name, average in self.items():
+                if full_state_dict:
+                    average._planner.reshard()
+                    of_rank0 = states.get(name)
+                    found[name] = scatter_state(of_rank0, average._state, strict=strict)
+                else:
+                    found[name] = SavedState.parse(states[name])._replace(strict=strict)
+                    found[name].check_matches(average._state.tensors())
+            for name, average in self.items():
+                average._load(found[name], what)
+
+    def _check_state(self, state: object) -> None:
+        if not isinstance(state, Mapping) or not isinstance(state.get("averages"), Mapping):
+            got = f"keys {[*state][:5]}" if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                "The state must be what EMABank.state_dict() returned, with 'averages', but got "
+                f"{got}. One average's state is loaded by bank[name].load_state_dict()."
+            )
+        self._check_names("The state", state["averages"])
+
+    def _check_names(self, what: str, names: Iterable[str]) -> None:
+        if {*names} != self._averages.keys():
+            raise ValueError(
+                f"{what} has the averages {', '.join(map(repr, names))}, but this bank has "
+                f"{', '.join(map(repr, self))}. Give one for each."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what follows an optimizer, which a copy does not."""
+        state = {**self.__dict__, "_following": None}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+        self._join()
+
+
+def _check_schedules(schedules: object) -> None:
+    if not isinstance(schedules, Mapping) or not schedules:
+        raise TypeError(
+            f"schedules must map names of averages to their schedules, but got {schedules!r}. Give "
+            "e.g. {'short': HalfLife(100), 'long': HalfLife(10_000)}."
+        )
+    for name, schedule in schedules.items():
+        if not isinstance(name, str):
+            raise TypeError(f"The name of an average must be a string, but got {name!r}.")
+        check_schedule(schedule)

@@ -6,7 +6,6 @@ At an engine's event it computes the momentum of the next update from the schedu
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 import weakref
@@ -26,10 +25,12 @@ except ImportError as error:
         "ema_triton.ModelEMA."
     ) from error
 
+from ema_triton.arguments import check_options
+from ema_triton.bank import EMABank
 from ema_triton.model_ema import ModelEMA
 from ema_triton.modules import unwrap
 from ema_triton.pairing import quoted
-from ema_triton.schedules import Constant, LinearWarmup, Schedule, momentum_from
+from ema_triton.schedules import Constant, LinearWarmup, Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +50,8 @@ class _Attachment:
     engine: weakref.ReferenceType[Engine]
     undo: ExitStack | None = None  # removes the listeners; None while detached
     name: str = ""  # of the momentum in engine.state; empty where runs are swapped
-    written: float | None = None  # the momentum that the handler last wrote there
+    # What the handler last wrote there.
+    written: float | dict[str, float] | None = None
 
 
 class EMAHandler:
@@ -73,12 +75,13 @@ class EMAHandler:
             averages would be neither; name other buffers that are no running statistics in
             `exclude`.
         schedule: Any function from the update index, counting from 1, to the momentum, such as
-            those of `ema_triton.schedules`; instead of the three arguments above.
+            those of `ema_triton.schedules`; instead of the three arguments above. Or several by
+            name, for an average each: `ema` is an `EMABank` then, and `engine.state` shows a dict.
         **options: The other keyword arguments of `ModelEMA`: `ema_model`, `as_module`, `backend`,
             `ema_dtype`, `precision`, `seed`, `include`, `exclude`, `momentum_scale`, `nonfinite`.
 
     Attributes:
-        ema: The `ModelEMA`.
+        ema: The `ModelEMA`, or the `EMABank`.
         schedule: The function from the update index to the momentum; may be assigned.
         update_index: The number of updates made.
         momentum_scheduler: None; a subclass may keep its own scheduler here, as Ignite's `attach`
@@ -111,7 +114,7 @@ class EMAHandler:
         warmup_iters: float | None = None,
         handle_buffers: str = "copy",
         *,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Mapping[str, Schedule] | None = None,
         **options: Unpack[Options],
     ) -> None:
         arguments = (momentum, momentum_warmup, warmup_iters)
@@ -122,8 +125,12 @@ class EMAHandler:
                 f"schedule={schedule} and (momentum, momentum_warmup, warmup_iters)={arguments} "
                 "were given, and only one can decide. Give the schedule alone, or leave it out."
             )
-        _check_options(options)
-        self.ema = ModelEMA(model, handle_buffers=handle_buffers, **options)
+        check_options(EMAHandler, options, ModelEMA)
+        self.ema: ModelEMA | EMABank
+        if isinstance(schedule, Mapping):
+            self.ema = EMABank(model, schedule, handle_buffers=handle_buffers, **options)
+        else:
+            self.ema = ModelEMA(model, handle_buffers=handle_buffers, **options)
         self._attachments: list[_Attachment] = []
         self.schedule = schedule
         self.momentum_scheduler: Any = None
@@ -140,7 +147,7 @@ class EMAHandler:
 
     @property
     def ema_model(self) -> nn.Module:
-        """The EMA model."""
+        """The EMA model; of a bank, an error that names the averages."""
         return self.ema.ema_model
 
     @ema_model.setter
@@ -168,13 +175,12 @@ class EMAHandler:
         return self.ema.update_index
 
     @property
-    def schedule(self) -> Schedule:
-        """The function from the update index to the momentum."""
-        assert self.ema.schedule is not None  # since construction
+    def schedule(self) -> Any:  # noqa: ANN401  # a function, or of a bank several by name
+        """The function from the update index to the momentum; of a bank, a dict of them."""
         return self.ema.schedule
 
     @schedule.setter
-    def schedule(self, schedule: Schedule) -> None:
+    def schedule(self, schedule: Any) -> None:  # noqa: ANN401
         self.ema.schedule = schedule
         for attachment in self._attachments:
             engine = attachment.engine()
@@ -290,7 +296,7 @@ class EMAHandler:
             if engine is not None and not engine._event_handlers.get(Events.EXCEPTION_RAISED, True):
                 del engine._event_handlers[Events.EXCEPTION_RAISED]
 
-    def attach_swap(self, evaluator: Engine) -> None:
+    def attach_swap(self, evaluator: Engine, *, average: str | None = None) -> None:
         """Make every run of this engine evaluate the online model with the EMA's weights.
 
         The weights are swapped at EPOCH_STARTED, and swapped back before anything else happens at
@@ -300,11 +306,14 @@ class EMAHandler:
 
         Args:
             evaluator: The engine that evaluates `model`; not the trainer.
+            average: Of a bank, the name of the average to evaluate.
 
         Raises:
             RuntimeError: The handler swaps or updates on this engine already.
             TypeError: This is not an engine.
+            ValueError: The average is not one of a bank's.
         """
+        ema = self._average(average)
         attachment = self._attachment_to(evaluator, "evaluator")
         entered: list[AbstractContextManager[nn.Module]] = []
         warned: set[str] = set()  # of these keys of a Checkpoint
@@ -312,7 +321,7 @@ class EMAHandler:
         def begin() -> None:
             if not entered:
                 self._warn_of_online_weights(evaluator, warned)  # one attached since then
-                context = self.ema.swapped()
+                context = ema.swapped()
                 context.__enter__()
                 entered.append(context)
 
@@ -388,8 +397,10 @@ class EMAHandler:
         shown: Any = getattr(engine.state, attachment.name, None)
         # The user wrote a value that differs from the last one written here. A tensor is not
         # compared: reading it would wait for the device.
-        driven = isinstance(shown, Tensor) or (shown is not None and shown != attachment.written)
-        if not (driven and isinstance(self.schedule, Constant)):
+        driven = isinstance(self.schedule, Constant) and (
+            isinstance(shown, Tensor) or (shown is not None and shown != attachment.written)
+        )
+        if not driven:
             self._write_momentum(engine, attachment)
         self._event_index = self.update_index + 1
 
@@ -407,8 +418,19 @@ class EMAHandler:
         self.ema.update_index = max(self.ema.update_index, self._event_index)
 
     def _write_momentum(self, engine: Engine, attachment: _Attachment) -> None:
-        attachment.written = momentum_from(self.schedule, self.update_index + 1)
+        attachment.written = self.ema.next_momentum()
         setattr(engine.state, attachment.name, attachment.written)
+
+    def _average(self, name: str | None) -> ModelEMA:
+        """The EMA, or that of a bank with this name."""
+        if isinstance(self.ema, ModelEMA) and name is None:
+            return self.ema
+        if isinstance(self.ema, EMABank) and name is not None and name in self.ema:
+            return self.ema[name]
+        names = "None" if isinstance(self.ema, ModelEMA) else ", ".join(map(repr, self.ema))
+        raise ValueError(
+            f"average={name!r} does not say what is to be evaluated. It can only be one of {names}."
+        )
 
     def _attachment_to(self, engine: Engine, argument: str) -> _Attachment:
         """The engine's attachment, new or detached; an error if it is attached."""
@@ -432,7 +454,8 @@ class EMAHandler:
 
     def _is_among(self, saved: Mapping[str, object]) -> bool:
         """Whether the EMA is among what a Checkpoint saves, in whatever form."""
-        own = (self, self.ema, self.ema._state.module)
+        averages = [*self.ema.values()] if isinstance(self.ema, EMABank) else [self.ema]
+        own = (self, self.ema, *averages, *(average._state.module for average in averages))
         objects = [unwrap(one) if isinstance(one, nn.Module) else one for one in saved.values()]
         return any(one is not None and one is mine for one in objects for mine in own)
 
@@ -456,7 +479,8 @@ class EMAHandler:
         keys = [key for key in dict.fromkeys(keys) if key not in warned]
         if keys:
             warned.update(keys)
-            alone = "" if self.ema._state.module is None else ", or handler.ema_model alone"
+            has_module = isinstance(self.ema, ModelEMA) and self.ema._state.module is not None
+            alone = ", or handler.ema_model alone" if has_module else ""
             warnings.warn(
                 f"The Checkpoint on this evaluator saves the online model ({quoted(keys)}) under "
                 "the EMA's score: the evaluation runs with the EMA's weights, and they are swapped "
@@ -509,14 +533,3 @@ def _schedule_from_arguments(
             stacklevel=3,
         )
     return Constant(momentum)
-
-
-def _check_options(options: Mapping[str, object]) -> None:
-    accepted = inspect.signature(ModelEMA).parameters
-    for name in options.keys() - accepted:
-        own = inspect.signature(EMAHandler).parameters
-        names = ", ".join(one for one in {**own, **accepted} if one != "options")
-        raise TypeError(
-            f"EMAHandler got an unexpected keyword argument {name!r}, which would do nothing. It "
-            f"takes: {names}."
-        )

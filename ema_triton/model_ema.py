@@ -9,7 +9,7 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
@@ -24,9 +24,10 @@ from ema_triton.checkpoint.state_dict import SavedState, build, read_weights, sc
 from ema_triton.distributed import collectives
 from ema_triton.following import Following
 from ema_triton.interrupts import DeferSigint, SwapContext
-from ema_triton.modules import are_sharded, check_model, slots_of, unwrap
+from ema_triton.modules import are_sharded, check_model, set_apart, slots_of, unwrap
 from ema_triton.ops import foreach_backend
-from ema_triton.pairing import check_selection, check_tensors, left_out
+from ema_triton.pairing import check_selection, check_tensors, excluded_names, shared_slots
+from ema_triton.plan import Plan
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule
 from ema_triton.selection import Selection
@@ -56,10 +57,11 @@ class ModelEMA:
             every rank, after sharding.
         ema_model: The EMA model to use, with the same parameter and buffer names and shapes and
             its own values, and sharded likewise. By default a copy of `model`; of a sharded one
-            there is none.
+            there is none. What `include` and `exclude` leave out may be shared with `model`: it is
+            not held twice, nor saved, and its modules stay in the mode in which they are.
         as_module: Whether to make a copy of the module around the EMA's tensors. Without, there is
-            no `ema_model`: evaluate the online model in `swapped()`. Parameters that `include` and
-            `exclude` leave out are not held then, nor saved.
+            no `ema_model`: evaluate the online model in `swapped()`. What `include` and `exclude`
+            leave out is not held then, nor saved, nor looked at: it may be of any kind.
         handle_buffers: "copy" copies the online buffers at every update, "update" averages the
             floating ones, "ema_train" leaves them to the EMA model, which is then in train mode.
             "update" copies spectral norm's unit vectors and pruning's masks all the same, whose
@@ -77,7 +79,8 @@ class ModelEMA:
         seed: Of the stochastic rounding, from 0 to 2**63 - 1; the same on all ranks keeps their
             EMAs equal.
         include: Names or globs of the tensors or modules to average, by default all; what else
-            there is gets copied at every update.
+            there is, e.g. a frozen backbone, is held twice and gets copied at every update, unless
+            as_module=False or an `ema_model` shares it.
         exclude: Those of `include` to copy all the same.
         momentum_scale: Factors for the momentum by name or glob, of which the first that matches a
             tensor counts; a product above 1 is 1, and a momentum of 1 copies whatever the factor.
@@ -136,14 +139,20 @@ class ModelEMA:
         self._swap: Swap | None = None
         self._lock = threading.RLock()
         self._warned = False
+        self._name_in_bank: str | None = None
+        module = arguments.check_holder(self.model, ema_model, as_module, handle_buffers)
         online = slots_of(self.model)
-        check_tensors(online)
+        excluded = excluded_names(online, selection)
+        unheld: Container[str] = excluded if not as_module else ()
+        if module is not None:
+            unheld = shared_slots(online, slots_of(module), excluded)
+        check_tensors({name: slot for name, slot in online.items() if name not in unheld})
         check_selection(selection, online, handle_buffers)
         self._state = EMAState(
-            arguments.check_holder(self.model, ema_model, as_module, handle_buffers),
+            module,
             handle_buffers=handle_buffers,
             selection=selection,
-            left_out=() if as_module else left_out(online, selection),
+            left_out=() if as_module else excluded,
             precision=precision,
             seed=seed,
             guarded=nonfinite == "skip",
@@ -153,8 +162,7 @@ class ModelEMA:
         self._planner = Planner(self.model, [self._state], backend)
         self._planner.make(online, ema_dtype)
         if self._state.module is not None:
-            self._state.module.requires_grad_(False)
-            self._state.module.train(handle_buffers == "ema_train")
+            set_apart(self._state.module, self.model, training=handle_buffers == "ema_train")
 
     @property
     def model(self) -> nn.Module:
@@ -215,18 +223,11 @@ class ModelEMA:
                 swapped.
         """
         momentum = arguments.check_momentum(momentum)
+        arguments.refuse_in_bank(self._name_in_bank, "update()")
         with self._lock, torch.no_grad():
             plan, online = self._planner.outside_swap(self._swap, "update()")
-            if not self._warned or isinstance(momentum, Tensor):
-                remark = arguments.check_momentum_fits(momentum, plan.launches)
-                if remark is not None:
-                    self._warned = True
-                    warnings.warn(remark, stacklevel=4)  # past the two frames of _disable_dynamo
-            plan.copies.write(online)
-            plan.update(momentum)
-            if plan.on_cuda and torch.cuda.is_current_stream_capturing():
-                self._planner.captured.append(plan)  # the graph goes on reading its chunk tables
-            self._state.update_index += 1
+            self._check_fits(momentum, plan)
+            self._planner.update(plan, online, momentum)
 
     @_disable_dynamo
     def sync(self) -> None:
@@ -351,6 +352,7 @@ class ModelEMA:
             1
         """
         check_schedule(schedule)
+        arguments.refuse_in_bank(self._name_in_bank, "follow()")
         update = self._update_by_schedule
         self._following = Following(optimizer, self.model, update, every, self._following)
         self._state.schedule = schedule
@@ -365,6 +367,10 @@ class ModelEMA:
     def schedule(self, schedule: Schedule) -> None:
         check_schedule(schedule)
         self._state.schedule = schedule
+
+    def next_momentum(self) -> float:
+        """The schedule's momentum for the next update."""
+        return self._state.next_momentum()
 
     def nonfinite_count(self) -> int:
         """How many values were skipped so far, in all tensors; the sum of `nonfinite_counts`.
@@ -562,5 +568,13 @@ class ModelEMA:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
+    def _check_fits(self, momentum: float | Tensor, plan: Plan) -> None:
+        """Warn once if most of the updates would round away."""
+        if not self._warned or isinstance(momentum, Tensor):
+            remark = arguments.check_momentum_fits(momentum, plan.launches)
+            if remark is not None:
+                self._warned = True
+                warnings.warn(remark, stacklevel=5)  # past the two frames of _disable_dynamo
+
     def _update_by_schedule(self) -> None:
-        self.update(self._state.next_momentum())
+        self.update(self.next_momentum())

@@ -152,10 +152,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(compiled) if isinstance(compiled, nn.Module) else model
 
 
-def with_caches(model: nn.Module | None) -> list[nn.Module]:
+def with_caches(model: nn.Module) -> list[nn.Module]:
     """The modules that override `train`, as those do that cache in eval mode what they computed."""
-    modules = [] if model is None else [*model.modules()]
-    return [module for module in modules if type(module).train is not nn.Module.train]
+    return [one for one in model.modules() if type(one).train is not nn.Module.train]
 
 
 def renew_caches(modules: Iterable[nn.Module]) -> None:
@@ -171,6 +170,24 @@ def renew_caches(modules: Iterable[nn.Module]) -> None:
         module.train(mode)
         for submodule, training in modes:
             submodule.training = training
+
+
+def set_apart(ema_model: nn.Module, model: nn.Module, *, training: bool) -> None:
+    """Have an EMA model need no gradients, and set its mode; what it shares stays as it is.
+
+    Args:
+        ema_model: The EMA model.
+        model: The online model, of which it may have parameters and modules.
+        training: Whether it is in train mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    online = {id(parameter) for parameter in model.parameters()}
+    for parameter in ema_model.parameters():
+        if id(parameter) not in online:
+            parameter.requires_grad_(False)
+    ema_model.train(training)
+    for module, mode in modes:
+        module.training = mode
 
 
 def check_model(model: object) -> None:

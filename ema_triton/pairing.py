@@ -57,6 +57,7 @@ class Pairs(NamedTuple):
     sync_only: list[Pair]  # the EMA model's own buffers, which only `sync` copies
     unpaired: list[Slot]  # the EMA model's own buffers, which nothing copies
     vanished: list[str]  # copied buffers that the online model has no longer
+    shared: dict[str, tuple[Slot, Slot]]  # left out, and one tensor in both models; by name
 
 
 def pair_models(
@@ -93,17 +94,20 @@ def pair_models(
         TypeError: A tensor is of a kind that cannot be averaged.
         NotImplementedError: A tensor keeps its data in other tensors.
     """
-    online_names = {
-        name for name in online if name not in left_out and online[name].whole() is not None
-    }
-    ema_names = {name for name in ema if ema[name].whole() is not None}
+    excluded = excluded_names(online, selection)
+    shared = shared_slots(online, ema, excluded)
+    online_names, ema_names = (
+        {name for name in slots if name not in shared and slots[name].whole() is not None}
+        for slots in (online, ema)
+    )
+    online_names = {name for name in online_names if name not in left_out}
     if new:
         ema_names = online_names & ema.keys()
     unpaired: list[Slot] = []
     vanished: list[str] = []
 
     def is_copied_buffer(name: str, slot: Slot) -> bool:
-        averaged = _is_averaged(slot, handle_buffers) and selection.scale([name]) is not None
+        averaged = _is_averaged(slot, handle_buffers) and name not in excluded
         return slot.is_buffer and not averaged
 
     for name in online_names ^ ema_names:
@@ -152,7 +156,8 @@ def pair_models(
                 "slot of a shared module in the EMA model, which cannot hold both. Build a new "
                 "ModelEMA (or EMAHandler) after changing the model's structure."
             )
-        if _is_averaged(slot, handle_buffers):
+        only_copies = name in excluded and pair.online.dtype not in REAL_DTYPE  # e.g. float8
+        if _is_averaged(slot, handle_buffers) and not only_copies:
             averaged.append(pair)
         elif twin is pair:  # a module with two names is copied once
             copied.append(pair)
@@ -160,7 +165,7 @@ def pair_models(
     for pair in averaged:
         pair.scale = selection.scale(pair.names)
     _give_own_storage(copied + sync_only if new else copied, ema_dtype, {*owned})
-    return Pairs(averaged, copied, sync_only, unpaired, vanished)
+    return Pairs(averaged, copied, sync_only, unpaired, vanished, shared)
 
 
 def _check_no_other(model: str, slots: Slots, other: str, names: set[str]) -> None:
@@ -177,7 +182,8 @@ def _pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) 
     if slot.owner is ema_slot.owner:
         raise ValueError(
             f"'{name}' belongs to a module that the EMA model shares with the online model, so "
-            "there is nothing to average. Give an ema_model with modules of its own."
+            "there is nothing to average. Give an ema_model with modules of its own; or, to share "
+            "it on purpose, leave it out by include or exclude."
         )
     check_tensors({name: slot})
     check_tensors({name: ema_slot})
@@ -200,8 +206,7 @@ def _pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) 
 def _new_pair(name: str, slot: Slot, ema_slot: Slot, ema_dtype: torch.dtype | None) -> Pair:
     """A pair with an EMA tensor to be made; a floating one of `ema_dtype`, if that is floating."""
     online: Any = slot.read()
-    floating = ema_dtype is not None and ema_dtype.is_floating_point and online.is_floating_point()
-    dtype = ema_dtype if floating else online.dtype
+    dtype = ema_dtype if ema_dtype in FLOATS and online.dtype in FLOATS else online.dtype
     if online.numel():  # a placeholder: it is expanded, so that it takes no memory
         ema = online.new_zeros((), dtype=dtype).expand(online.shape)
     else:
@@ -247,8 +252,8 @@ def _merge_tied(pairs: list[Pair]) -> list[Pair]:
             raise TypeError(
                 f"'{pair.name}' is {online.dtype} in the online model and {ema.dtype} in the EMA "
                 "model, which cannot be averaged. Real tensors (float64, float32, bfloat16, "
-                "float16) are averaged into real ones, complex into complex; convert it, or keep "
-                "it out of the parameters."
+                "float16) are averaged into real ones, complex into complex; convert it, or leave "
+                "it out by include or exclude."
             )
     return [*tied.values()]
 
@@ -262,7 +267,7 @@ def _give_own_storage(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: s
     for pair in pairs:
         online, ema = pair.online, pair.ema
         dtype = online.dtype
-        if dtype.is_floating_point and ema.is_floating_point():
+        if dtype in FLOATS and ema.is_floating_point():
             dtype = ema_dtype or ema.dtype
         if id(ema) in owned and (ema.dtype, ema.device) == (dtype, online.device):
             owned.discard(id(ema))  # a second slot with it gets a copy
@@ -312,7 +317,9 @@ def unsupported(tensor: Tensor) -> Unsupported | None:
         return Unsupported(
             NotImplementedError,
             f"is a {type(tensor).__name__}, a subclass that keeps its data in other tensors",
-            "Build the EMA before the model is converted, e.g. quantized.",
+            "Build the EMA before the model is converted, e.g. quantized; or, where it is not to "
+            "be averaged, leave it out by include or exclude, with as_module=False, which does not "
+            "look at it, or with an ema_model that shares its module.",
         )
     if nn.parameter.is_lazy(tensor):
         return Unsupported(
@@ -375,11 +382,28 @@ def check_selection(selection: Selection, slots: Slots, handle_buffers: str) -> 
     )
 
 
-def left_out(slots: Slots, selection: Selection) -> set[str]:
-    """Names of the parameters that `include` and `exclude` keep from being averaged."""
+def excluded_names(slots: Slots, selection: Selection) -> set[str]:
+    """Names of the tensors that `include` and `exclude` keep from being averaged."""
+    if selection.include is None and not selection.exclude:
+        return set()
     tied: dict[int | str, list[str]] = {}
     for name, slot in slots.items():
-        if not slot.is_buffer:
-            key = name if slot.whole() is None else id(slot.whole())
-            tied.setdefault(key, []).append(name)
+        key = name if slot.whole() is None else id(slot.whole())
+        tied.setdefault(key, []).append(name)
     return {name for names in tied.values() if selection.scale(names) is None for name in names}
+
+
+def shared_slots(
+    online: Slots, ema: Slots, excluded: Container[str]
+) -> dict[str, tuple[Slot, Slot]]:
+    """The slots of tensors that are not averaged, and that an EMA model has from the online one.
+
+    There is nothing to copy, and they are the online model's: the EMA neither holds nor saves them.
+    """
+    return {
+        name: (slot, ema[name])
+        for name, slot in online.items()
+        if name in excluded
+        and name in ema
+        and (slot.owner is ema[name].owner or slot.whole() is ema[name].whole() is not None)
+    }

@@ -234,6 +234,7 @@ def make_plan(states: Sequence[EMAState], pairs: Sequence[Pairs], model: nn.Modu
     averaged = [pair for of_state in pairs for pair in of_state.averaged]
     buckets = [bucket for state in states for bucket in state.buckets]
     modules = [state.module for state in states if state.module is not None]
+    shared = [slots for of_state in pairs for slots in of_state.shared.values()]
     return Plan(
         launches=[
             launch
@@ -244,7 +245,7 @@ def make_plan(states: Sequence[EMAState], pairs: Sequence[Pairs], model: nn.Modu
         sync_only=[pair for of_state in pairs for pair in of_state.sync_only],
         averaged=averaged,
         random_states=[b.random_state for b in buckets if b.random_state is not None],
-        staleness=Staleness.over(model, modules, averaged),
+        staleness=Staleness.over(model, modules, averaged, shared),
         layouts=[(state, state.buckets) for state in states],
         online_caches=with_caches(model),
         ema_caches=[one for module in modules for one in with_caches(module)],

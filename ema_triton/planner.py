@@ -70,6 +70,15 @@ class Planner:
             )
         return plan, online
 
+    def update(self, plan: Plan, online: list[Tensor], *momenta: float | Tensor) -> None:
+        """Make the update of `current`'s plan, with a momentum for each EMA."""
+        plan.copies.write(online)
+        plan.update(*momenta)
+        if plan.on_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured.append(plan)  # the graph goes on reading its chunk tables
+        for state in self._states:
+            state.update_index += 1
+
     def reshard(self) -> None:
         """Have the modules of an EMA model that is sharded show their shards."""
         dtensor.reshard_fsdp2(*[s.module for s in self._states if s.module is not None])

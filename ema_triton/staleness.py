@@ -5,7 +5,7 @@ Both are looked at before every update, in passes that stay in C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, repeat, starmap
 from operator import attrgetter, getitem, is_, ne
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
+from ema_triton.modules import Slot
 from ema_triton.pairing import Pair
 
 
@@ -31,8 +32,14 @@ class Staleness:
     remembered: list[Any] | None = None
 
     @classmethod
-    def over(cls, model: nn.Module, ema_models: list[nn.Module], pairs: list[Pair]) -> Staleness:
-        """Remember the models and the pairs' tensors as they are now.
+    def over(
+        cls,
+        model: nn.Module,
+        ema_models: Sequence[nn.Module],
+        pairs: list[Pair],
+        shared: Iterable[tuple[Slot, Slot]] = (),
+    ) -> Staleness:
+        """Remember the models and the pairs' tensors as they are now, and what they share.
 
         An online tensor that is paired with several EMAs is looked at once.
 
@@ -63,6 +70,7 @@ class Staleness:
         complex_at = [index for index, tensor in enumerate(originals) if tensor.is_complex()]
         sharded = [dtensor.is_sharded(slot.whole()) for slot in slots]
         any_sharded = any(sharded)
+        both = [[(slot.owner, slot.key) for slot in slots] for slots in zip(*shared, strict=True)]
 
         def look() -> Iterator[Any]:
             tensors: list[Any] = [*map(getitem, owners, keys)]
@@ -79,6 +87,7 @@ class Staleness:
             yield parents == children
             yield any(empty)
             yield all(map(is_, starmap(getitem, vacant), repeat(None)))
+            yield all(map(is_, *(starmap(getitem, slots) for slots in both))) if both else True
             yield [*map(len, filled)]
 
         return cls(look, [*look()])

@@ -21,6 +21,7 @@ from ema_triton.distributed import dtensor
 from ema_triton.modules import Slots, add_vacant, are_sharded, empty_slots, slots_of
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual, pieces, split_residual
 from ema_triton.pairing import (
+    FLOATS,
     REAL_DTYPE,
     Pair,
     Pairs,
@@ -115,7 +116,7 @@ class EMAState:
         module: The EMA model; None: there is none yet, `build` makes it, or does without.
         handle_buffers: "copy", "update" or "ema_train".
         selection: Which tensors are averaged with which factor of the momentum.
-        left_out: Names of parameters that are not held.
+        left_out: Names of tensors that are not held.
         precision: How bf16 and fp16 tensors are averaged: "exact", "stochastic" or "nearest".
         seed: Of stochastic rounding.
         guarded: Whether non-finite values are skipped, and counted.
@@ -150,6 +151,7 @@ class EMAState:
         self.residuals: dict[str, Tensor] = {}
         self._copied: list[Tensor] = []  # the EMA tensors of what is copied
         self._paired: dict[str, torch.Size] = {}  # by name, with the online tensor's shape
+        self._shared: set[str] = set()  # names of what the module has from the online model
         self._order: list[str] = []  # of the averaged tensors in their buckets
         self._stochastic_updates = 0  # before the buckets were laid out
         self._skipped: dict[str, int] = {}  # likewise, by name
@@ -182,12 +184,12 @@ class EMAState:
         """The EMA's parameters and persistent buffers by clean name, without autograd.
 
         A sharded one is a `DTensor` around this rank's part; a tied one stands under each of its
-        names.
+        names; one that the online model shares is not the EMA's.
         """
         return {
             name: dtensor.wrap_like(dtensor.local_part(whole.detach()), whole.detach())
             for name, slot in self.slots().items()
-            if slot.persistent and (whole := slot.whole()) is not None
+            if slot.persistent and name not in self._shared and (whole := slot.whole()) is not None
         }
 
     def next_momentum(self) -> float:
@@ -293,7 +295,7 @@ class EMAState:
         # copied ones are right already.
         new_data = []
         for pair in pairs.sync_only:
-            dtype = ema_dtype if pair.ema.is_floating_point() else None
+            dtype = ema_dtype if pair.ema.dtype in FLOATS else None
             new_data.append((pair.ema, pair.ema.data.to(pair.online.device, dtype)))
         buckets = [
             self._matching_bucket(kind, members)
@@ -334,6 +336,7 @@ class EMAState:
             for name in pair.names
         }
         self._copied = [pair.ema for pair in pairs.copied]
+        self._shared = {*pairs.shared}
         self._skipped = {
             pair.name: skipped.get(pair.name, 0)
             for pair in pairs.averaged

@@ -288,15 +288,16 @@ CHOICES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_parameters_that_are_not_averaged_are_not_held(
+def test_what_is_left_out_is_not_held(
     dtype: torch.dtype, handle_buffers: str, choice: str, backend: str
 ) -> None:
-    """Nor in a state; every persistent buffer is."""
+    """Nor in a state; buffers neither, where `include` does not name them."""
     options: dict[str, Any] = {"handle_buffers": handle_buffers, "backend": backend}
     model = Net(dtype)
     ema = ModelEMA(model, as_module=False, **CHOICES[choice], **options)
     whole = ModelEMA(model, **options)
     left_out = {"body.weight", "body.bias", "embedding.weight", "head.weight"}
+    left_out |= {"mask"} if choice == "include" else set()
     train_both((ema, whole), range(3))
     state, expected = ema.state_dict(), whole.state_dict()
     assert state["weights"].keys() == NAMES - left_out

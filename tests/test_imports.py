@@ -111,6 +111,7 @@ def test_imports_go_down_the_floors() -> None:
         {"arguments", "backend", "distance"},
         {"planner"},
         {"model_ema"},
+        {"bank"},
         {"handler"},
     ]
     import ast

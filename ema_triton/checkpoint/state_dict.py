@@ -203,7 +203,7 @@ class SavedState(NamedTuple):
             return problem.reason
         if weight.shape != own.shape:
             return f"is {tuple(weight.shape)} in the state but {tuple(own.shape)} here"
-        if weight.dtype not in REAL_DTYPE and weight.dtype not in INTEGERS:
+        if weight.dtype not in (*REAL_DTYPE, *INTEGERS, own.dtype):
             return f"is {weight.dtype}, which has to be converted first"
         if weight.is_complex() != own.is_complex():
             return f"is {weight.dtype} in the state but {own.dtype} here"
@@ -282,11 +282,12 @@ def read_weights(
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
         saved = SavedState.parse(state)
         return saved._replace(update_index=None, schedule=None, strict=strict), []
+    own = ema.tensors()
     parameters: dict[int, list[str]] = {}  # names by tensor: a tied one has several
     for name, slot in ema.slots().items():
-        if not slot.is_buffer and slot.whole() is not None:
+        if not slot.is_buffer and name in own:
             parameters.setdefault(id(slot.whole()), []).append(name)
-    found = interop.extract_weights(state, ema.tensors(), [*parameters.values()])
+    found = interop.extract_weights(state, own, [*parameters.values()])
     weights, remarks = found.weights, []
     if not isinstance(source, Mapping):  # a safetensors file has a tied tensor once
         weights |= {
@@ -300,7 +301,7 @@ def read_weights(
     if updates is not None:
         found = found._replace(source=interop.DIFFUSERS, updates=updates)
         averaged = {name for names in parameters.values() for name in names}
-        if buffers := [name for name in ema.tensors() if name in weights.keys() - averaged]:
+        if buffers := [name for name in own if name in weights.keys() - averaged]:
             remarks.append(
                 f"its {quoted(buffers)} are those of a new model, as {found.source} averages "
                 "parameters only"

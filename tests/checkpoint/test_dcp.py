@@ -206,6 +206,31 @@ def test_what_a_checkpoint_lacks_is_an_error_and_nothing_is_loaded(tmp_path) -> 
     run(2, _misses, tmp_path)
 
 
+def _drops_keys(folder):
+    """The model's hook does, of what the model itself saves."""
+    model = of_bfloat16()
+    model.first.register_state_dict_post_hook(lambda _, state, *__: state.clear())
+    ema = ModelEMA(model)
+    change(model, 0)
+    ema.update(0.25)
+    assert "first.weight" not in model.state_dict()
+    dcp.save({"ema": ema}, checkpoint_id=folder)
+    full = ema.state_dict(full_state_dict=True)
+    for load in (
+        lambda other: dcp.load({"ema": other}, checkpoint_id=folder),
+        lambda other: other.load_state_dict(full, full_state_dict=True),
+        lambda other: other.load_state_dict(ema.state_dict()),
+    ):
+        other = ModelEMA(model)
+        load(other)
+        assert_same(_full(other), _full(ema))
+    assert [*_full(ema)["weights"]] == [*Net().state_dict()]
+
+
+def test_a_sharded_model_that_drops_keys_is_saved_whole(tmp_path) -> None:
+    run(2, _drops_keys, tmp_path)
+
+
 def in_hybrid_bfloat16():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
     return shard(Net(torch.bfloat16), mesh=mesh)

@@ -195,6 +195,7 @@ def test_what_is_left_out_of_one_ema_is_unexpected_in_the_other() -> None:
     """An EMA of the later part alone, and one of all."""
     whole = trained()
     part = trained(as_module=False, include="later")
+    assert [*part.state_dict()["weights"]] == [*LATER]
     with pytest.warns(UserWarning, match="its 'body.weight', .* are not in this EMA, and were"):
         part.load_state_dict(saved(whole.state_dict()), strict=False)
     for name in LATER:
