@@ -20,10 +20,11 @@ from bench.machine import commit, describe
 from bench.models import Model, make_module
 from bench.results import Spread
 from bench.run import chosen_device, selected_models
-from ema_triton import ModelEMA
+from ema_triton import Constant, EMABank, ModelEMA
 
 CALLS = 300
 MOMENTUM = 0.1
+AVERAGES = 3
 RIVALS = ("ignite", "foreach_lerp")
 
 
@@ -79,6 +80,12 @@ def measured(model: Model, device: torch.device, calls: int) -> dict[str, float]
     found |= {name: median(part, device, calls) for name, part in parts.items()}
     total, *rest = found.values()
     found["  the rest: arguments, locks, guards"] = total - sum(rest)
+    bank = EMABank(online, {str(number): Constant(MOMENTUM) for number in range(AVERAGES)})
+    singles = [ModelEMA(online) for _ in bank]
+    found[f"EMABank of {AVERAGES}"] = median(bank.update, device, calls)
+    found[f"{AVERAGES} ModelEMA one by one"] = median(
+        lambda: [single.update(MOMENTUM) for single in singles], device, calls
+    )
     for key in RIVALS:
         try:
             peer = peers.load(key)

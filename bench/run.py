@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bench import gate, jobs, measure, peers, report
+from bench import averages, gate, jobs, measure, peers, report
 from bench.jobs import gib
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line, momenta
@@ -74,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start only what should end in this time, the most telling first, the rest by "
         "--resume; without compiled_lerp, unless --peers names it",
     )
+    parser.add_argument(
+        "--averages",
+        help="how many averages, as 1,2,3: an EMABank beside as many ModelEMA, and nothing else",
+    )
     add_common_arguments(parser)
 
 
@@ -104,6 +108,11 @@ def main(args: argparse.Namespace, clock: Callable[[], float] = time.monotonic) 
     seconds = QUICK_SECONDS if args.quick else SECONDS
     machine, measured_commit = describe(device), commit()
     stopwatch = Stopwatch(device, machine.cache)
+    if args.averages is not None:
+        print(f"{machine.name}; commit {measured_commit}")
+        counts = averages.parse(args.averages)
+        averages.main(models, CASES, counts, stopwatch, rounds, seconds)
+        return
 
     out = destination(args, machine.slug)
     results = Results("update", machine, measured_commit, date.today().isoformat(), [])

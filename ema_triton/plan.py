@@ -149,9 +149,9 @@ class Launch:
 class Plan:
     """Everything an update does: make the copies, average with every launch.
 
-    `sync_only` are the EMA model's own, which only `sync` copies. `layouts` are the states' buckets
-    when it was made. `backend` is the name of what runs the launches, and `reason` says why;
-    `backend.choose` sets both.
+    `sync_only` are the EMA model's own, which only `sync` copies. `layouts` are the buckets of the
+    `states` when it was made. `backend` is the name of what runs the launches, and `reason` says
+    why; `backend.choose` sets both.
     """
 
     launches: list[Launch]
@@ -160,7 +160,8 @@ class Plan:
     averaged: list[Pair]
     random_states: list[Tensor]
     staleness: Staleness
-    layouts: list[tuple[EMAState, list[Bucket]]] = field(default_factory=list)
+    states: Sequence[EMAState] = ()
+    layouts: list[list[Bucket]] = field(default_factory=list)
     online_caches: list[nn.Module] = field(default_factory=list)  # modules that have some
     ema_caches: list[nn.Module] = field(default_factory=list)
     backend: str = "foreach"
@@ -174,7 +175,7 @@ class Plan:
     def online_copies(self) -> list[Tensor] | None:
         """The online tensors that are copied, as they are now; None if the plan is stale."""
         # Another plan may have laid out the same state.
-        if any(state.buckets != buckets for state, buckets in self.layouts):
+        if [state.buckets for state in self.states] != self.layouts:
             return None
         return None if self.staleness.is_stale() else self.copies.read()
 
@@ -183,13 +184,13 @@ class Plan:
         # Each update that rounds by chance draws by its number.
         for random_state in self.random_states:
             random_state[1:].add_(1)
-        for launch, *others in self.alike:
-            momentum = momenta[launch.average]
-            if others:
-                given = [momentum, *(momenta[other.average] for other in others)]
-                launch.backend.update_several([launch, *others], given)
+        for launches in self.alike:
+            first = launches[0]
+            if len(launches) == 1:
+                first.backend.update(first, momenta[first.average])
             else:
-                launch.backend.update(launch, momentum)
+                given = [momenta[launch.average] for launch in launches]
+                first.backend.update_several(launches, given)
         self.wrote()
 
     def bump_versions(self) -> None:
@@ -246,7 +247,8 @@ def make_plan(states: Sequence[EMAState], pairs: Sequence[Pairs], model: nn.Modu
         averaged=averaged,
         random_states=[b.random_state for b in buckets if b.random_state is not None],
         staleness=Staleness.over(model, modules, averaged, shared),
-        layouts=[(state, state.buckets) for state in states],
+        states=states,
+        layouts=[state.buckets for state in states],
         online_caches=with_caches(model),
         ema_caches=[one for module in modules for one in with_caches(module)],
     )

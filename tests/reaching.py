@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import nn
 
-from ema_triton import ModelEMA
+from ema_triton import Constant, EMABank, ModelEMA
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Empty, single, ragged, whole vectors, whole chunks, one element more.
@@ -45,18 +45,17 @@ def small(device: str) -> None:
 def reach(
     ema_dtype: torch.dtype, online_dtype: torch.dtype, precision: str, nonfinite: str, device: str
 ) -> None:
-    """Updates, a swap."""
-    ema = ModelEMA(
-        model_of(online_dtype, device),
-        backend="triton",
-        ema_dtype=ema_dtype,
-        precision=precision,
-        nonfinite=nonfinite,
-    )
+    """Updates, a swap; two and three averages at once."""
+    options = {"backend": "triton", "ema_dtype": ema_dtype}
+    options |= {"precision": precision, "nonfinite": nonfinite}
+    ema = ModelEMA(model_of(online_dtype, device), **options)
     for momentum in (0.1, 1.0, torch.tensor(0.5, device=device)):
         ema.update(momentum)
     with ema.swapped():
         pass
+    for count in (2, 3):
+        schedules = {str(number): Constant(0.1) for number in range(count)}
+        EMABank(ema.model, schedules, **options).update()
 
 
 def huge(device: str) -> None:

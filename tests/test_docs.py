@@ -38,7 +38,7 @@ def test_readme_examples(
     for variable, value in {**alone, "MASTER_PORT": "0"}.items():  # as torchrun would
         monkeypatch.setenv(variable, value)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names: dict[str, object] = {}
     for block in blocks:
         exec(block.replace("/tmp/ema_triton", str(tmp_path / "run")), names)
