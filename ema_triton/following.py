@@ -72,7 +72,8 @@ class Following:
         self._innermost = len(hooked) - 1
         self._none = len(hooked)
         self._outermost = self._none  # the first level whose step is running
-        self._stepped = False  # whether an update waits for the end of that step
+        self._running = 0  # how many steps of that level are, one inside the other
+        self._stepped = False  # whether an update waits for their end
         self._steps = 0
         self._handles = []
         # Torch's handles have no reference to the optimizer, and neither has this.
@@ -99,12 +100,16 @@ class Following:
         self.remove()
 
     # Torch calls the hooks of a `super().step()` inside a `step` too: two beginnings and two ends
-    # on one level. And a step that raises has a beginning only.
-    def _begin(self, level: int, *_: object) -> None:
+    # on one level. And a step that raises has a beginning only: where it could be either, an update
+    # after it may wait for the beginning of the next step, when the weights are the same still.
+    def _begin(self, level: int, optimizer: Optimizer, *_: object) -> None:
         if self._stepped:  # the step around it makes another one, or has raised afterwards
             self._outermost = self._none
             self._count()
-        self._outermost = min(self._outermost, level)
+        if level == self._outermost and _super_calls_hooks(optimizer):
+            self._running += 1
+        elif level <= self._outermost:
+            self._outermost, self._running = level, 1
 
     def _end(self, level: int, optimizer: Optimizer, *_: object) -> None:
         if self._outermost == self._none:
@@ -112,6 +117,8 @@ class Following:
         if level == self._innermost and not _overflowed(optimizer):
             self._stepped = True
         if level == self._outermost:
+            self._running -= 1
+        if not self._running:
             self._outermost = self._none
             if self._stepped:
                 self._count()
@@ -147,6 +154,12 @@ def _calls_hooks(optimizer: object) -> bool:
         and hasattr(optimizer, "_optimizer_step_post_hooks")
         and hasattr(type(optimizer).step, "hooked")
     )
+
+
+def _super_calls_hooks(optimizer: Optimizer) -> bool:
+    """Whether a `super().step()` does, as where there was an optimizer of the parent class."""
+    steps = [vars(one).get("step") for one in type(optimizer).__mro__]
+    return sum(hasattr(step, "hooked") for step in steps) > 1
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

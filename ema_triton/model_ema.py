@@ -246,8 +246,8 @@ class ModelEMA:
         """Copy the EMA's parameters and persistent buffers into a model's tensors.
 
         For example another instance's when the training ends, or the online model's to train on
-        from the EMA. Their dtypes and devices stay. Parameters that the EMA does not hold are the
-        online model's. All is compared before anything is copied, and SIGINT is deferred meanwhile.
+        from the EMA. Their dtypes and devices stay. What the EMA does not hold is copied from the
+        online model. All is compared before anything is copied, and SIGINT is deferred meanwhile.
 
         Args:
             model: A model with the online model's names and shapes, and sharded likewise if that

@@ -156,7 +156,8 @@ def pair_models(
                 "slot of a shared module in the EMA model, which cannot hold both. Build a new "
                 "ModelEMA (or EMAHandler) after changing the model's structure."
             )
-        only_copies = name in excluded and pair.online.dtype not in REAL_DTYPE  # e.g. float8
+        dtypes = {pair.online.dtype, pair.ema.dtype}  # e.g. float8, or float8 until it was cast
+        only_copies = name in excluded and not dtypes <= REAL_DTYPE.keys()
         if _is_averaged(slot, handle_buffers) and not only_copies:
             averaged.append(pair)
         elif twin is pair:  # a module with two names is copied once
@@ -267,7 +268,7 @@ def _give_own_storage(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: s
     for pair in pairs:
         online, ema = pair.online, pair.ema
         dtype = online.dtype
-        if dtype in FLOATS and ema.is_floating_point():
+        if dtype in FLOATS and ema.dtype in FLOATS:
             dtype = ema_dtype or ema.dtype
         if id(ema) in owned and (ema.dtype, ema.device) == (dtype, online.device):
             owned.discard(id(ema))  # a second slot with it gets a copy

@@ -150,18 +150,10 @@ class SavedState(NamedTuple):
         """
         missing = [f"'{name}' is missing" for name in self.missing(own)]
         unexpected = [f"'{name}' is unexpected" for name in self.unexpected(own)]
-        differing = [
-            f"'{name}' {difference}"
-            for name, tensor in own.items()
-            if name in self.weights and (difference := self._difference(name, tensor))
-        ]
+        differing = self.differing(own, self._difference)
         nothing = bool(own) and len(missing) == len(own)
         names = [missing, unexpected] if self.strict or nothing else []
-        differences = [*names, differing]
-        listed = [difference for kind in differences for difference in kind[:5]]
-        if listed:
-            more = sum(map(len, differences)) - len(listed)
-            text = ", ".join(listed) + (f" and {more} more" if more else "")
+        if text := _listed(*names, differing):
             what = "does not fit this EMA model"
             remedy = "Load it into the EMA of a model like the one it was saved from"
             if nothing and not self.strict:
@@ -193,6 +185,13 @@ class SavedState(NamedTuple):
     def unexpected(self, own: Mapping[str, Tensor]) -> list[str]:
         """Its names that the EMA does not have."""
         return [name for name in {**self.weights, **self.residuals} if name not in own]
+
+    def differing(
+        self, own: Mapping[str, Tensor], compare: Callable[[str, Tensor], str | None]
+    ) -> list[str]:
+        """What `compare(name, tensor)` says of the tensors that both have."""
+        common = ((name, tensor) for name, tensor in own.items() if name in self.weights)
+        return [f"'{name}' {text}" for name, tensor in common if (text := compare(name, tensor))]
 
     def _difference(self, name: str, own: Tensor) -> str | None:
         """Why this weight and its residual cannot be loaded into an EMA's tensor, if so."""
@@ -258,6 +257,13 @@ class SavedState(NamedTuple):
             for of in (self.weights, self.residuals)
         )
         return self._replace(weights=weights, residuals=residuals)
+
+
+def _listed(*kinds: list[str]) -> str:
+    """The first five of each kind, and how many more there are."""
+    listed = [one for kind in kinds for one in kind[:5]]
+    more = sum(map(len, kinds)) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 def _parse_count(value: object) -> int:
@@ -388,7 +394,13 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
     if saved.update_index is not None:
         ema.update_index = saved.update_index
     remarks = []
-    if missing := saved.missing(own):
+    # One name of a tied tensor is enough.
+    written = {storage_ptr(dtensor.local_part(own[name])) for name in own.keys() & saved.weights}
+    if missing := [
+        name
+        for name in saved.missing(own)
+        if storage_ptr(dtensor.local_part(own[name])) not in written
+    ]:
         remarks.append(f"{saved.source} has no {quoted(missing)}, which stay as they are")
     if unexpected := saved.unexpected(own):
         remarks.append(f"its {quoted(unexpected)} are not in this EMA, and were left out")
@@ -457,24 +469,31 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
     check_tensors(slots)
     if model is not online:
         for name, slot in slots_of(online).items():
-            if name not in weights and not slot.is_buffer and (whole := slot.whole()) is not None:
+            if name not in weights and slot.persistent and (whole := slot.whole()) is not None:
                 weights[name] = whole.detach()
     saved = SavedState(weights, {})
     targets = {name: whole for name, slot in slots.items() if (whole := slot.whole()) is not None}
-    differences = [f"'{name}' is not in the EMA" for name in targets if name not in weights]
-    differences += [f"'{name}' is not in the model" for name in weights if name not in targets]
-    differences += [
-        f"'{name}' {difference}"
-        for name, target in targets.items()
-        if name in weights and (difference := saved.difference_to_write(name, target))
-    ]
-    if differences:
-        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
+    first = {id(target): name for name, target in reversed(targets.items())}
+    tied = {name: first[id(target)] for name, target in targets.items()}
+
+    def compare(name: str, target: Tensor) -> str | None:
+        one, other = (dtensor.local_part(weights.get(of)) for of in (name, tied[name]))
+        ties = other is not None and storage_ptr(one) != storage_ptr(other)
+        if ties and not torch.equal(one, other):
+            return f"is tied to '{tied[name]}', but has other values in the EMA"
+        return saved.difference_to_write(name, target)
+
+    text = _listed(
+        [f"'{name}' is not in the EMA" for name in saved.missing(targets)],
+        [f"'{name}' is not in the model" for name in saved.unexpected(targets)],
+        saved.differing(targets, compare),
+    )
+    if text:
         raise ValueError(
-            f"The EMA does not fit the model given to copy_to(): {', '.join(differences[:10])}"
-            f"{more}. Nothing was copied. Give a model like the online one, sharded likewise if "
-            "that is. (Of a sharded EMA, state_dict(full_state_dict=True)['weights'] has whole "
-            "tensors on rank 0, for any model's load_state_dict.)"
+            f"The EMA does not fit the model given to copy_to(): {text}. Nothing was copied. Give "
+            "a model like the online one, sharded likewise if that is. (Of a sharded EMA, "
+            "state_dict(full_state_dict=True)['weights'] has whole tensors on rank 0, for any "
+            "model's load_state_dict.)"
         )
     for name, target in targets.items():
         dtensor.local_part(target).copy_(saved.value(name, target))
