@@ -96,10 +96,15 @@ class SavedState(NamedTuple):
     schedule: Schedule | None = None
     strict: bool = True  # whether it must have the EMA's names, all of them and no others
     source: str = "it"  # what warnings call it
+    remarks: Sequence[str] = ()  # what there is to say of it
 
     @classmethod
-    def parse(cls, state: object) -> SavedState:
+    def parse(cls, state: object, *, strict: bool = True) -> SavedState:
         """Read a state, whatever EMA it is for.
+
+        Args:
+            state: What was saved.
+            strict: Whether it must have that EMA's names, all of them and no others.
 
         Raises:
             ValueError: It is neither of the two, of another version, or damaged.
@@ -112,7 +117,7 @@ class SavedState(NamedTuple):
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
-            return cls(clean_weights(state), {}, source=interop.PLAIN)
+            return cls(clean_weights(state), {}, strict=strict, source=interop.PLAIN)
         version = state.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(
@@ -134,7 +139,7 @@ class SavedState(NamedTuple):
                 schedule = schedule_from_state(json.loads(state["schedule"]))
                 momentum_from(schedule, update_index + 1)  # raises if it returns no momentum
             weights, residuals = {**state["weights"]}, {**state["residuals"]}
-            return cls(weights, residuals, precision, random_state, update_index, schedule)
+            return cls(weights, residuals, precision, random_state, update_index, schedule, strict)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The state is damaged ({type(error).__name__}: {error}), so it cannot be loaded. "
@@ -274,11 +279,8 @@ def _parse_count(value: object) -> int:
 
 def read_weights(
     source: Mapping[str, Any] | str | os.PathLike[str], ema: EMAState, *, strict: bool
-) -> tuple[SavedState, list[str]]:
-    """Read a dict or a file of this or another library.
-
-    Returns:
-        The weights, and remarks on what is not loaded of it.
+) -> SavedState:
+    """Read the weights in a dict or a file of this or another library.
 
     Raises:
         ValueError: It is not recognised, or damaged.
@@ -286,8 +288,7 @@ def read_weights(
     """
     state, updates = (source, None) if isinstance(source, Mapping) else interop.read_path(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
-        saved = SavedState.parse(state)
-        return saved._replace(update_index=None, schedule=None, strict=strict), []
+        return SavedState.parse(state, strict=strict)._replace(update_index=None, schedule=None)
     own = ema.tensors()
     parameters: dict[int, list[str]] = {}  # names by tensor: a tied one has several
     for name, slot in ema.slots().items():
@@ -318,7 +319,7 @@ def read_weights(
             "schedule from there"
         )
     strict = strict and found.has_all_names
-    return SavedState(weights, {}, strict=strict, source=found.source), remarks
+    return SavedState(weights, {}, strict=strict, source=found.source, remarks=remarks)
 
 
 def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
@@ -339,7 +340,7 @@ def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
     }
 
     def parse_to_meta() -> SavedState:
-        saved = SavedState.parse(state)._replace(strict=strict)
+        saved = SavedState.parse(state, strict=strict)
         saved.check_matches(wholes)
         return saved.map(own, lambda _, tensor: dtensor.local_part(tensor).to("meta"))
 
@@ -421,13 +422,12 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
     return remarks
 
 
-def restore(saved: SavedState, ema: EMAState, remarks: Sequence[str]) -> list[str]:
+def restore(saved: SavedState, ema: EMAState) -> list[str]:
     """Load a saved state, and have its schedule replace the EMA's.
 
     Args:
         saved: The saved state.
         ema: The EMA's state.
-        remarks: What there is to say of the saved state already.
 
     Returns:
         Warnings: what was lost, and that another schedule was replaced.
@@ -435,7 +435,7 @@ def restore(saved: SavedState, ema: EMAState, remarks: Sequence[str]) -> list[st
     Raises:
         ValueError: Names, shapes or kinds of tensors differ. Nothing was written.
     """
-    lost = [*load(saved, ema), *remarks]
+    lost = [*load(saved, ema), *saved.remarks]
     said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
     if saved.schedule is not None:
         if ema.schedule not in (None, saved.schedule):
