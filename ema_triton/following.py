@@ -70,8 +70,7 @@ class Following:
             )
         hooked = [level for level in levels if _calls_hooks(level)]
         self._innermost = len(hooked) - 1
-        self._none = len(hooked)
-        self._outermost = self._none  # the first level whose step is running
+        self._outermost = 0  # the first level whose step is running, if any is
         self._running = 0  # how many steps of that level are, one inside the other
         self._stepped = False  # whether an update waits for their end
         self._steps = 0
@@ -104,24 +103,22 @@ class Following:
     # after it may wait for the beginning of the next step, when the weights are the same still.
     def _begin(self, level: int, optimizer: Optimizer, *_: object) -> None:
         if self._stepped:  # the step around it makes another one, or has raised afterwards
-            self._outermost = self._none
+            self._running = 0
             self._count()
-        if level == self._outermost and _super_calls_hooks(optimizer):
+        if self._running and level == self._outermost and _super_calls_hooks(optimizer):
             self._running += 1
-        elif level <= self._outermost:
+        elif not self._running or level <= self._outermost:
             self._outermost, self._running = level, 1
 
     def _end(self, level: int, optimizer: Optimizer, *_: object) -> None:
-        if self._outermost == self._none:
+        if not self._running:
             return
         if level == self._innermost and not _overflowed(optimizer):
             self._stepped = True
         if level == self._outermost:
             self._running -= 1
-        if not self._running:
-            self._outermost = self._none
-            if self._stepped:
-                self._count()
+        if self._stepped and not self._running:
+            self._count()
 
     def _count(self) -> None:
         self._stepped = False

@@ -266,9 +266,9 @@ class Snapshot:
         self._versions = [*map(dtensor.version, self._counted)]
 
     def restore(self, modules: Mapping[int, nn.Module]) -> bool:
-        """Restore the slot; whether it is remarkable that its tensor was written or replaced.
+        """Restore the slot; whether to warn that its tensor was written or replaced.
 
-        A cache is not: a buffer that is not persistent, or has changed its shape. Nor is what a
+        Not of a cache: a buffer that is not persistent, or has changed its shape. Nor of what a
         module writes in eval mode.
 
         Args:
