@@ -237,16 +237,16 @@ def _reached(value: object, parts: Callable[[Any], Iterable[object]]) -> Iterato
     """The value, its parts, theirs, and so on, the near ones first."""
     level: list[object] = []
     seen: dict[int, object] = {}  # which keeps alive what was made for this, so that ids stay
-    following: Iterable[object] = (value,)
+    pending: Iterable[object] = (value,)
     for _ in range(STEPS):
-        for one in islice(following, WIDTH):
+        for one in islice(pending, WIDTH):
             if not issubclass(type(one), ENDS) and id(one) not in seen:
                 seen[id(one)] = one
                 level.append(one)
         if not level:
             return
         yield from level
-        following, level = chain.from_iterable(map(parts, level)), []
+        pending, level = chain.from_iterable(map(parts, level)), []
 
 
 def _copied(value: Any) -> Iterable[object]:  # noqa: ANN401

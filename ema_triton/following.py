@@ -70,9 +70,9 @@ class Following:
             )
         hooked = [level for level in levels if _calls_hooks(level)]
         self._innermost = len(hooked) - 1
-        self._none = len(hooked)
-        self._outermost = self._none  # the first level whose step is running
-        self._stepped = False  # whether an update waits for the end of that step
+        self._outermost = 0  # the first level whose step is running, if any is
+        self._running = 0  # how many steps of that level are, one inside the other
+        self._stepped = False  # whether an update waits for their end
         self._steps = 0
         self._handles = []
         # Torch's handles have no reference to the optimizer, and neither has this.
@@ -99,22 +99,26 @@ class Following:
         self.remove()
 
     # Torch calls the hooks of a `super().step()` inside a `step` too: two beginnings and two ends
-    # on one level. And a step that raises has a beginning only.
-    def _begin(self, level: int, *_: object) -> None:
+    # on one level. And a step that raises has a beginning only: where it could be either, an update
+    # after it may wait for the beginning of the next step, when the weights are the same still.
+    def _begin(self, level: int, optimizer: Optimizer, *_: object) -> None:
         if self._stepped:  # the step around it makes another one, or has raised afterwards
-            self._outermost = self._none
+            self._running = 0
             self._count()
-        self._outermost = min(self._outermost, level)
+        if self._running and level == self._outermost and _super_calls_hooks(optimizer):
+            self._running += 1
+        elif not self._running or level <= self._outermost:
+            self._outermost, self._running = level, 1
 
     def _end(self, level: int, optimizer: Optimizer, *_: object) -> None:
-        if self._outermost == self._none:
+        if not self._running:
             return
         if level == self._innermost and not _overflowed(optimizer):
             self._stepped = True
         if level == self._outermost:
-            self._outermost = self._none
-            if self._stepped:
-                self._count()
+            self._running -= 1
+        if self._stepped and not self._running:
+            self._count()
 
     def _count(self) -> None:
         self._stepped = False
@@ -147,6 +151,12 @@ def _calls_hooks(optimizer: object) -> bool:
         and hasattr(optimizer, "_optimizer_step_post_hooks")
         and hasattr(type(optimizer).step, "hooked")
     )
+
+
+def _super_calls_hooks(optimizer: Optimizer) -> bool:
+    """Whether a `super().step()` does, as where there was an optimizer of the parent class."""
+    steps = [vars(one).get("step") for one in type(optimizer).__mro__]
+    return sum(hasattr(step, "hooked") for step in steps) > 1
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

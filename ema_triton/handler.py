@@ -457,7 +457,7 @@ class EMAHandler:
         averages = [*self.ema.values()] if isinstance(self.ema, EMABank) else [self.ema]
         own = (self, self.ema, *averages, *(average._state.module for average in averages))
         objects = [unwrap(one) if isinstance(one, nn.Module) else one for one in saved.values()]
-        return any(one is not None and one is mine for one in objects for mine in own)
+        return any(one is not None and one is part for one in objects for part in own)
 
     def _warn_of_online_weights(self, evaluator: Engine, warned: set[str]) -> None:
         """Warn of Checkpoints that save the online model by the EMA's score, of each key once.

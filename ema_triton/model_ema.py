@@ -9,8 +9,8 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Container, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ from ema_triton.following import Following
 from ema_triton.interrupts import DeferSigint, SwapContext
 from ema_triton.modules import are_sharded, check_model, set_apart, slots_of, unwrap
 from ema_triton.ops import foreach_backend
-from ema_triton.pairing import check_selection, check_tensors, excluded_names, shared_slots
+from ema_triton.pairing import check_online
 from ema_triton.plan import Plan
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule
@@ -69,8 +69,7 @@ class ModelEMA:
             `exclude`. What is copied may change its shape, appear and vanish; a non-persistent
             buffer of which the models have different shapes is each model's own.
         backend: "auto", "triton" or "foreach".
-        ema_dtype: dtype of the EMA model's floating parameters and buffers, by default that of the
-            online model.
+        ema_dtype: dtype of the EMA's floating parameters and buffers, by default the online ones'.
         precision: How bf16 and fp16 EMA tensors take small steps. "exact" keeps what their dtype
             cannot hold beside them (2 bytes per bf16 parameter, 4 per fp16 one), so that they
             accumulate as an fp32 EMA does; "stochastic" rounds up or down by chance, right in the
@@ -78,9 +77,8 @@ class ModelEMA:
             small. Wider dtypes need none of it.
         seed: Of the stochastic rounding, from 0 to 2**63 - 1; the same on all ranks keeps their
             EMAs equal.
-        include: Names or globs of the tensors or modules to average, by default all; what else
-            there is, e.g. a frozen backbone, is held twice and gets copied at every update, unless
-            as_module=False or an `ema_model` shares it.
+        include: Names or globs of the tensors or modules to average, by default all; the rest is
+            held twice and copied at every update, unless as_module=False or `ema_model` shares it.
         exclude: Those of `include` to copy all the same.
         momentum_scale: Factors for the momentum by name or glob, of which the first that matches a
             tensor counts; a product above 1 is 1, and a momentum of 1 copies whatever the factor.
@@ -142,12 +140,7 @@ class ModelEMA:
         self._name_in_bank: str | None = None
         module = arguments.check_holder(self.model, ema_model, as_module, handle_buffers)
         online = slots_of(self.model)
-        excluded = excluded_names(online, selection)
-        unheld: Container[str] = excluded if not as_module else ()
-        if module is not None:
-            unheld = shared_slots(online, slots_of(module), excluded)
-        check_tensors({name: slot for name, slot in online.items() if name not in unheld})
-        check_selection(selection, online, handle_buffers)
+        excluded = check_online(online, module, selection, handle_buffers, as_module=as_module)
         self._state = EMAState(
             module,
             handle_buffers=handle_buffers,
@@ -217,10 +210,8 @@ class ModelEMA:
                 object as long as the graph); nothing waits for the device. 1 copies.
 
         Raises:
-            ValueError: The momentum is out of range, or an averaged tensor changed its shape or
-                vanished.
-            RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
-                swapped.
+            ValueError: The momentum is out of range; an averaged tensor was reshaped or vanished.
+            RuntimeError: A tensor moved during CUDA graph capture; the models' weights are swapped.
         """
         momentum = arguments.check_momentum(momentum)
         arguments.refuse_in_bank(self._name_in_bank, "update()")
@@ -246,8 +237,8 @@ class ModelEMA:
         """Copy the EMA's parameters and persistent buffers into a model's tensors.
 
         For example another instance's when the training ends, or the online model's to train on
-        from the EMA. Their dtypes and devices stay. Parameters that the EMA does not hold are the
-        online model's. All is compared before anything is copied, and SIGINT is deferred meanwhile.
+        from the EMA. Their dtypes and devices stay. What the EMA does not hold is copied from the
+        online model. All is compared before anything is copied, and SIGINT is deferred meanwhile.
 
         Args:
             model: A model with the online model's names and shapes, and sharded likewise if that
@@ -272,13 +263,12 @@ class ModelEMA:
 
         The values change places, at unchanged addresses: one pass on a GPU, on a CPU with at most a
         chunk of extra memory. (Where EMA and online dtypes differ, and for what is copied and not
-        averaged, the online values wait in a copy.) They are back after any exception. SIGINT
-        (Ctrl-C) is deferred while they move; inside, where its handler raises, they are back before
-        the exception goes on. Inside, `update`, `sync`, `load_state_dict` and another swap are
-        errors, `state_dict` is what it is outside, and a write to the weights is warned of on exit.
-        What is written into buffers is lost, with a warning where it was in train mode: estimate
-        BatchNorm's statistics in `ema_model` (`torch.optim.swa_utils.update_bn`). With
-        handle_buffers="copy" the next update copies the online ones over them.
+        averaged, the online values wait in a copy.) They are back after any exception, also that
+        of SIGINT (Ctrl-C), which is deferred while they move. Inside, `update`, `sync`,
+        `load_state_dict` and another swap are errors, `state_dict` is what it is outside, and a
+        write to the weights is warned of on exit. What is written into buffers is lost, with a
+        warning where it was in train mode: estimate BatchNorm's statistics in `ema_model`
+        (`torch.optim.swa_utils.update_bn`). With "copy" the next update overwrites them.
 
         Raises:
             RuntimeError: They are swapped already.
@@ -301,28 +291,21 @@ class ModelEMA:
         """
         with self._lock, torch.no_grad():
             plan, _ = self._planner.outside_swap(self._swap, "swapped()")
-            swap = Swap(self.model, self._state.module, plan)
-            swap.enter()
-            self._swap = swap
+            self._swap = Swap(self.model, self._state.module, plan).enter()
             return self.model
 
     def swap_out(self) -> None:
         """End it; without effect where nothing is swapped."""
         with self._lock:
             swap, self._swap = self._swap, None
-            if swap is None:
-                return
-            # SIGINT may end the swap where FakeTensorMode or another stream is active.
-            stream = nullcontext() if swap.stream is None else torch.cuda.stream(swap.stream)
-            with stream, torch._C._DisableTorchDispatch():
+            if swap is not None:
                 swap.leave()
 
     def follow(self, optimizer: object, schedule: Schedule, *, every: int = 1) -> Following:
         """Update after every step that the optimizer really makes, or after every n-th.
 
-        Accumulating gradients makes no step, nor does `GradScaler` where gradients overflowed. (A
-        fused optimizer is called then too, and is asked whether it stepped, which waits for the
-        device; of other optimizers `GradScaler` has waited itself.)
+        Accumulating gradients makes no step, nor does `GradScaler` where gradients overflowed: a
+        fused optimizer is asked whether it stepped, which waits for the device.
 
         Args:
             optimizer: The optimizer of the online model. Of a wrapper (SAM, Lookahead, those of
@@ -353,8 +336,7 @@ class ModelEMA:
         """
         check_schedule(schedule)
         arguments.refuse_in_bank(self._name_in_bank, "follow()")
-        update = self._update_by_schedule
-        self._following = Following(optimizer, self.model, update, every, self._following)
+        self._following = Following(optimizer, self.model, self._scheduled, every, self._following)
         self._state.schedule = schedule
         return self._following
 
@@ -373,11 +355,7 @@ class ModelEMA:
         return self._state.next_momentum()
 
     def nonfinite_count(self) -> int:
-        """How many values were skipped so far, in all tensors; the sum of `nonfinite_counts`.
-
-        Raises:
-            RuntimeError: With nonfinite="propagate" nothing is counted.
-        """
+        """How many values were skipped so far, in all tensors: the sum of `nonfinite_counts`."""
         return sum(self.nonfinite_counts().values())
 
     def nonfinite_counts(self) -> dict[str, int]:
@@ -455,11 +433,7 @@ class ModelEMA:
             return build(self._state, shown, clone=clone, full_state_dict=full_state_dict)
 
     def load_state_dict(
-        self,
-        state: Mapping[str, Any] | None,
-        *,
-        full_state_dict: bool = False,
-        strict: bool = True,
+        self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False, strict: bool = True
     ) -> None:
         """Load what `state_dict` returned, or a module's state dict, and go on from there.
 
@@ -487,7 +461,7 @@ class ModelEMA:
                 self._planner.reshard()
                 self._load(scatter_state(state, self._state, strict=strict), what)
         else:
-            self._load(SavedState.parse(state)._replace(strict=strict), what)
+            self._load(SavedState.parse(state, strict=strict), what)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the EMA model's weights, as it shows them, to a safetensors file.
@@ -536,16 +510,15 @@ class ModelEMA:
             >>> ema = ModelEMA(model)
             >>> ema.load_weights(averaged.state_dict())
         """
-        found, remarks = read_weights(source, self._state, strict=strict)
-        self._load(found, "load_weights()", remarks)
+        self._load(read_weights(source, self._state, strict=strict), "load_weights()")
 
-    def _load(self, found: SavedState, what: str, remarks: Sequence[str] = ()) -> None:
+    def _load(self, found: SavedState, what: str) -> None:
         """Load it, and warn of what was lost."""
         with self._lock, torch.no_grad():
             refuse_inside(self._swap, what)
             self._planner.current()  # replaced tensors are in the state's buckets again
             with DeferSigint():
-                said = state_dict.restore(found, self._state, remarks)
+                said = state_dict.restore(found, self._state)
                 self._planner.plan.wrote()
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=3)
@@ -554,9 +527,7 @@ class ModelEMA:
         """Without what follows an optimizer, which a copy does not."""
         with self._lock:
             refuse_inside(self._swap, "copying or pickling the EMA")
-            state = {**self.__dict__, "_following": None}
-            del state["_lock"]
-            return state
+            return {**self.__dict__, "_following": None, "_lock": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
         """Copy it as a whole, while no other thread updates."""
@@ -570,11 +541,10 @@ class ModelEMA:
 
     def _check_fits(self, momentum: float | Tensor, plan: Plan) -> None:
         """Warn once if most of the updates would round away."""
-        if not self._warned or isinstance(momentum, Tensor):
-            remark = arguments.check_momentum_fits(momentum, plan.launches)
-            if remark is not None:
-                self._warned = True
-                warnings.warn(remark, stacklevel=5)  # past the two frames of _disable_dynamo
+        asks = not self._warned or isinstance(momentum, Tensor)
+        if asks and (remark := arguments.check_momentum_fits(momentum, plan.launches)):
+            self._warned = True
+            warnings.warn(remark, stacklevel=5)  # past the two frames of _disable_dynamo
 
-    def _update_by_schedule(self) -> None:
+    def _scheduled(self) -> None:
         self.update(self.next_momentum())

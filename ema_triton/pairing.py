@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
-from ema_triton.modules import Slot, Slots
+from ema_triton.modules import Slot, Slots, slots_of
 from ema_triton.selection import Selection
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -156,7 +156,8 @@ def pair_models(
                 "slot of a shared module in the EMA model, which cannot hold both. Build a new "
                 "ModelEMA (or EMAHandler) after changing the model's structure."
             )
-        only_copies = name in excluded and pair.online.dtype not in REAL_DTYPE  # e.g. float8
+        dtypes = {pair.online.dtype, pair.ema.dtype}  # e.g. float8, or float8 until it was cast
+        only_copies = name in excluded and not dtypes <= REAL_DTYPE.keys()
         if _is_averaged(slot, handle_buffers) and not only_copies:
             averaged.append(pair)
         elif twin is pair:  # a module with two names is copied once
@@ -267,7 +268,7 @@ def _give_own_storage(pairs: list[Pair], ema_dtype: torch.dtype | None, owned: s
     for pair in pairs:
         online, ema = pair.online, pair.ema
         dtype = online.dtype
-        if dtype in FLOATS and ema.is_floating_point():
+        if dtype in FLOATS and ema.dtype in FLOATS:
             dtype = ema_dtype or ema.dtype
         if id(ema) in owned and (ema.dtype, ema.device) == (dtype, online.device):
             owned.discard(id(ema))  # a second slot with it gets a copy
@@ -362,6 +363,36 @@ def check_tensors(slots: Slots) -> None:
             )
 
 
+def check_online(
+    online: Slots,
+    ema_model: nn.Module | None,
+    selection: Selection,
+    handle_buffers: str,
+    *,
+    as_module: bool,
+) -> set[str]:
+    """Raise unless an EMA of these tensors can be made; the names that the selection leaves out.
+
+    Args:
+        online: The online model's slots.
+        ema_model: A given EMA model.
+        selection: Which tensors are averaged.
+        handle_buffers: "copy", "update" or "ema_train".
+        as_module: Whether what is left out is held, and so may be of no other kind.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: A tensor can be neither averaged nor copied, or
+            the selection leaves nothing.
+    """
+    excluded = excluded_names(online, selection)
+    unheld: Container[str] = excluded if not as_module else ()
+    if ema_model is not None:
+        unheld = shared_slots(online, slots_of(ema_model), excluded)
+    check_tensors({name: slot for name, slot in online.items() if name not in unheld})
+    _check_selection(selection, online, handle_buffers)
+    return excluded
+
+
 def is_averageable(tensor: Tensor) -> bool:
     """Whether an average means anything; integers and booleans are copied instead."""
     return tensor.is_floating_point() or tensor.is_complex()
@@ -374,7 +405,7 @@ def _is_averaged(slot: Slot, handle_buffers: str) -> bool:
     return averages_kind and tensor is not None and is_averageable(tensor)
 
 
-def check_selection(selection: Selection, slots: Slots, handle_buffers: str) -> None:
+def _check_selection(selection: Selection, slots: Slots, handle_buffers: str) -> None:
     """Raise ValueError if one of the patterns would do nothing, or if all leave nothing."""
     selection.check(
         [name for name, slot in slots.items() if slot.is_buffer or slot.whole() is not None],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from itertools import accumulate, chain, count
 from operator import is_not
 from typing import Any
@@ -34,7 +35,7 @@ class Swap:
         self._models = [model] if ema_model is None else [model, ema_model]
         dtensor.reshard_fsdp2(*self._models)
         self._plan = plan
-        self.stream = torch.cuda.current_stream() if plan.on_cuda else None
+        self._stream = torch.cuda.current_stream() if plan.on_cuda else None
         self._overlap = _overlap(plan.launches)
         self._launches = list[Launch]()  # with values to exchange
         self._copied = list[tuple[Tensor, Tensor]]()  # online tensors, and the EMA's
@@ -71,7 +72,7 @@ class Swap:
         online = {id(pair.online) for pair in self._plan.averaged}
         return any(id(pair.online) in online for pair in plan.averaged)
 
-    def enter(self) -> None:
+    def enter(self) -> Swap:
         """Put the EMA's values into the online model; if that fails, restore its own."""
         wholes = [pair.online_slots[0].whole() for pair in self._exchanged_pairs]
         owners = [*chain.from_iterable(map(dtensor.version_owners, wholes))]
@@ -108,20 +109,24 @@ class Swap:
         self._warning = self._models[0].register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _warn_of_ema_values
         )
+        return self
 
     def leave(self) -> None:
         """Restore both models, whatever happened to their tensors inside, and warn of writes."""
-        open_swaps.discard(self)
-        self._warning.remove()
-        dtensor.reshard_fsdp2(*self._models)  # the gathered values are the EMA's
-        modules = {id(m._buffers): m for model in self._models for m in model.modules()}
-        changed, lost = (
-            {name: None for name, snapshot in snapshots if snapshot.restore(modules)}
-            for snapshots in (self._kept_snapshots, self._copied_snapshots)
-        )
-        self._restore(self._launches)
-        self._plan.bump_versions()
-        self._forget_caches()
+        # SIGINT may end the swap where FakeTensorMode or another stream is active.
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with stream, torch._C._DisableTorchDispatch():
+            open_swaps.discard(self)
+            self._warning.remove()
+            dtensor.reshard_fsdp2(*self._models)  # the gathered values are the EMA's
+            modules = {id(m._buffers): m for model in self._models for m in model.modules()}
+            changed, lost = (
+                {name: None for name, snapshot in snapshots if snapshot.restore(modules)}
+                for snapshots in (self._kept_snapshots, self._copied_snapshots)
+            )
+            self._restore(self._launches)
+            self._plan.bump_versions()
+            self._forget_caches()
         remarks = []
         if changed:
             remarks.append(
@@ -261,9 +266,9 @@ class Snapshot:
         self._versions = [*map(dtensor.version, self._counted)]
 
     def restore(self, modules: Mapping[int, nn.Module]) -> bool:
-        """Restore the slot; whether it is remarkable that its tensor was written or replaced.
+        """Restore the slot; whether to warn that its tensor was written or replaced.
 
-        A cache is not: a buffer that is not persistent, or has changed its shape. Nor is what a
+        Not of a cache: a buffer that is not persistent, or has changed its shape. Nor of what a
         module writes in eval mode.
 
         Args:

@@ -255,6 +255,22 @@ def test_a_float8_base_is_copied_as_it_is() -> None:
         ema.sync()
 
 
+@pytest.mark.parametrize("base", ["float8", "int8"])
+def test_a_base_that_is_dequantized_is_copied_still(base: str) -> None:
+    model = model_of(base)
+    ema = ModelEMA(model, include=ADAPTERS)
+    weight = model[0].base_layer.weight
+    for dtype in (torch.float32, weight.dtype):
+        weight.data = torch.full((64, 64), 2.0, dtype=dtype)
+        ema.update(0.1)
+        assert ema.ema_model[0].base_layer.weight.float().eq(2).all()
+        with ema.swapped():
+            assert weight.float().eq(2).all()
+        weight.data = torch.full((64, 64), 3.0, dtype=dtype)
+        ema.copy_to(model)
+        assert weight.float().eq(2).all()
+
+
 def test_a_float8_weight_is_not_averaged() -> None:
     with pytest.raises(TypeError, match=r"0\.base_layer\.weight' is torch.float8_e4m3fn in the .*"
                        "leave it out by include or exclude"):  # fmt: skip

@@ -135,21 +135,33 @@ def test_copied_to_its_own_ema_model_nothing_changes() -> None:
     assert same(after["residuals"], before["residuals"])
 
 
+def shared_with(model: nn.Module, names: list[str]) -> nn.Module:
+    """A copy that has these modules of the model itself."""
+    copied = copy.deepcopy(model)
+    for name in names:
+        setattr(copied, name, getattr(model, name))
+    return copied
+
+
 def test_what_the_ema_does_not_hold_comes_from_the_online_model() -> None:
-    """As in `swapped()`, and as an EMA with a module copies it."""
-    model = Net()
-    with_module, without = (
-        ModelEMA(model, exclude="conv"),
-        ModelEMA(model, exclude="conv", as_module=False),
+    """As in `swapped()`, and as an EMA with a module copies it; buffers too."""
+    model, left_out = Net(), ["conv", "norm"]
+    with_module, without, sharing = (
+        ModelEMA(model, exclude=left_out),
+        ModelEMA(model, exclude=left_out, as_module=False),
+        ModelEMA(model, exclude=left_out, ema_model=shared_with(model, left_out)),
     )
     for tensor in model.state_dict().values():
         tensor.add_(1)
-    for ema in (with_module, without):
+    for ema in (with_module, without, sharing):
         ema.update(0.3)
-    one, other = Net(), Net()
+    one, other, third = Net(), Net(), Net()
     with_module.copy_to(one)
     without.copy_to(other)
+    sharing.copy_to(third)
     assert same(contents(one), contents(other))
+    assert same(contents(one), contents(third))
+    assert torch.equal(other.norm.running_mean, model.norm.running_mean)
     assert torch.equal(other.conv.weight, model.conv.weight)
     assert not torch.equal(other.wide.weight, model.wide.weight)  # the control
     versions = model.conv.weight._version, model.wide.weight._version
@@ -215,6 +227,11 @@ def on_meta(target: Net) -> nn.Module:
     return target
 
 
+def tying(target: Net) -> nn.Module:
+    target.conv.bias = target.norm.weight
+    return target
+
+
 REFUSED: dict[Callable[[Net], Any], tuple[type, str]] = {
     narrower: (ValueError, r"'wide.weight' is \(4, 4\) in the state but \(4, 5\) here, 'tied.w"),
     renamed: (ValueError, "'other.weight' is not in the EMA, .*'norm.weight' is not in the mod"),
@@ -223,6 +240,7 @@ REFUSED: dict[Callable[[Net], Any], tuple[type, str]] = {
     expanded: (ValueError, r"'frozen' cannot be written in place: several of its elements"),
     of_inference: (ValueError, r"'frozen' cannot be written in place: .* inference mode"),
     on_meta: (ValueError, "'frozen' has no memory"),
+    tying: (ValueError, "'norm.weight' is tied to 'conv.bias', but has other values in the EMA"),
     lambda target: target.state_dict(): (ValueError, "an instance of nn.Module .* got OrderedDict"),
     lambda target: None: (ValueError, "an instance of nn.Module .* but got NoneType"),
 }

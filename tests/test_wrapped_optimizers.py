@@ -234,8 +234,11 @@ def test_that_comparison_can_fail() -> None:
 
 
 class Clipped(SGD):
+    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         super().step(closure)
+        for group in self.param_groups:
+            torch._foreach_clamp_max_(group["params"], 0.1)
 
 
 def test_a_step_that_calls_its_super_step_is_one_update() -> None:
@@ -245,11 +248,33 @@ def test_a_step_that_calls_its_super_step_is_one_update() -> None:
     optimizer, ema, called = Clipped(model.parameters(), lr=0.1), ModelEMA(model), []
     ema.follow(optimizer, Constant(0.5))
     optimizer.register_step_post_hook(lambda *_: called.append(True))
+    by_hand = ModelEMA(model)
     for count in range(1, 4):
         closure_of(model, optimizer)()
         optimizer.step()
+        by_hand.update(0.5)
         assert ema.update_index == count
+        assert same(ema, by_hand)  # the update comes after the clipping
     assert len(called) == 6  # the control
+
+
+def test_after_a_step_with_a_super_step_that_failed_an_update_waits_for_the_next_step() -> None:
+    """An end of one step cannot be told from that of one inside the failed one."""
+    model = network()
+    SGD(model.parameters(), lr=0.1)
+    optimizer, ema, by_hand = Clipped(model.parameters(), lr=0.1), ModelEMA(model), ModelEMA(model)
+    ema.follow(optimizer, Constant(0.5))
+
+    def fail() -> Tensor:
+        raise ArithmeticError("out of memory")
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(fail)
+    closure_of(model, optimizer)()
+    for _ in range(3):
+        optimizer.step()
+        by_hand.update(0.5)
+    assert same(ema, by_hand)
 
 
 @pytest.mark.parametrize("wrap", [None, Lookahead, Plain])

@@ -96,10 +96,15 @@ class SavedState(NamedTuple):
     schedule: Schedule | None = None
     strict: bool = True  # whether it must have the EMA's names, all of them and no others
     source: str = "it"  # what warnings call it
+    remarks: Sequence[str] = ()  # what there is to say of it
 
     @classmethod
-    def parse(cls, state: object) -> SavedState:
+    def parse(cls, state: object, *, strict: bool = True) -> SavedState:
         """Read a state, whatever EMA it is for.
+
+        Args:
+            state: What was saved.
+            strict: Whether it must have that EMA's names, all of them and no others.
 
         Raises:
             ValueError: It is neither of the two, of another version, or damaged.
@@ -112,7 +117,7 @@ class SavedState(NamedTuple):
                     "The state must be what ModelEMA.state_dict() returned, with 'version' and "
                     f"'weights', or a module's state dict, but got keys {[*state][:5]}."
                 )
-            return cls(clean_weights(state), {}, source=interop.PLAIN)
+            return cls(clean_weights(state), {}, strict=strict, source=interop.PLAIN)
         version = state.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(
@@ -134,7 +139,7 @@ class SavedState(NamedTuple):
                 schedule = schedule_from_state(json.loads(state["schedule"]))
                 momentum_from(schedule, update_index + 1)  # raises if it returns no momentum
             weights, residuals = {**state["weights"]}, {**state["residuals"]}
-            return cls(weights, residuals, precision, random_state, update_index, schedule)
+            return cls(weights, residuals, precision, random_state, update_index, schedule, strict)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The state is damaged ({type(error).__name__}: {error}), so it cannot be loaded. "
@@ -150,18 +155,10 @@ class SavedState(NamedTuple):
         """
         missing = [f"'{name}' is missing" for name in self.missing(own)]
         unexpected = [f"'{name}' is unexpected" for name in self.unexpected(own)]
-        differing = [
-            f"'{name}' {difference}"
-            for name, tensor in own.items()
-            if name in self.weights and (difference := self._difference(name, tensor))
-        ]
+        differing = self.differing(own, self._difference)
         nothing = bool(own) and len(missing) == len(own)
         names = [missing, unexpected] if self.strict or nothing else []
-        differences = [*names, differing]
-        listed = [difference for kind in differences for difference in kind[:5]]
-        if listed:
-            more = sum(map(len, differences)) - len(listed)
-            text = ", ".join(listed) + (f" and {more} more" if more else "")
+        if text := _listed(*names, differing):
             what = "does not fit this EMA model"
             remedy = "Load it into the EMA of a model like the one it was saved from"
             if nothing and not self.strict:
@@ -193,6 +190,13 @@ class SavedState(NamedTuple):
     def unexpected(self, own: Mapping[str, Tensor]) -> list[str]:
         """Its names that the EMA does not have."""
         return [name for name in {**self.weights, **self.residuals} if name not in own]
+
+    def differing(
+        self, own: Mapping[str, Tensor], compare: Callable[[str, Tensor], str | None]
+    ) -> list[str]:
+        """What `compare(name, tensor)` says of the tensors that both have."""
+        common = ((name, tensor) for name, tensor in own.items() if name in self.weights)
+        return [f"'{name}' {text}" for name, tensor in common if (text := compare(name, tensor))]
 
     def _difference(self, name: str, own: Tensor) -> str | None:
         """Why this weight and its residual cannot be loaded into an EMA's tensor, if so."""
@@ -260,6 +264,13 @@ class SavedState(NamedTuple):
         return self._replace(weights=weights, residuals=residuals)
 
 
+def _listed(*kinds: list[str]) -> str:
+    """The first five of each kind, and how many more there are."""
+    listed = [one for kind in kinds for one in kind[:5]]
+    more = sum(map(len, kinds)) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
+
+
 def _parse_count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
@@ -268,11 +279,8 @@ def _parse_count(value: object) -> int:
 
 def read_weights(
     source: Mapping[str, Any] | str | os.PathLike[str], ema: EMAState, *, strict: bool
-) -> tuple[SavedState, list[str]]:
-    """Read a dict or a file of this or another library.
-
-    Returns:
-        The weights, and remarks on what is not loaded of it.
+) -> SavedState:
+    """Read the weights in a dict or a file of this or another library.
 
     Raises:
         ValueError: It is not recognised, or damaged.
@@ -280,8 +288,7 @@ def read_weights(
     """
     state, updates = (source, None) if isinstance(source, Mapping) else interop.read_path(source)
     if isinstance(state, Mapping) and isinstance(state.get("weights"), Mapping):
-        saved = SavedState.parse(state)
-        return saved._replace(update_index=None, schedule=None, strict=strict), []
+        return SavedState.parse(state, strict=strict)._replace(update_index=None, schedule=None)
     own = ema.tensors()
     parameters: dict[int, list[str]] = {}  # names by tensor: a tied one has several
     for name, slot in ema.slots().items():
@@ -312,7 +319,7 @@ def read_weights(
             "schedule from there"
         )
     strict = strict and found.has_all_names
-    return SavedState(weights, {}, strict=strict, source=found.source), remarks
+    return SavedState(weights, {}, strict=strict, source=found.source, remarks=remarks)
 
 
 def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
@@ -333,7 +340,7 @@ def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
     }
 
     def parse_to_meta() -> SavedState:
-        saved = SavedState.parse(state)._replace(strict=strict)
+        saved = SavedState.parse(state, strict=strict)
         saved.check_matches(wholes)
         return saved.map(own, lambda _, tensor: dtensor.local_part(tensor).to("meta"))
 
@@ -388,7 +395,13 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
     if saved.update_index is not None:
         ema.update_index = saved.update_index
     remarks = []
-    if missing := saved.missing(own):
+    # One name of a tied tensor is enough.
+    written = {storage_ptr(dtensor.local_part(own[name])) for name in own.keys() & saved.weights}
+    if missing := [
+        name
+        for name in saved.missing(own)
+        if storage_ptr(dtensor.local_part(own[name])) not in written
+    ]:
         remarks.append(f"{saved.source} has no {quoted(missing)}, which stay as they are")
     if unexpected := saved.unexpected(own):
         remarks.append(f"its {quoted(unexpected)} are not in this EMA, and were left out")
@@ -409,13 +422,12 @@ def load(saved: SavedState, ema: EMAState) -> list[str]:
     return remarks
 
 
-def restore(saved: SavedState, ema: EMAState, remarks: Sequence[str]) -> list[str]:
+def restore(saved: SavedState, ema: EMAState) -> list[str]:
     """Load a saved state, and have its schedule replace the EMA's.
 
     Args:
         saved: The saved state.
         ema: The EMA's state.
-        remarks: What there is to say of the saved state already.
 
     Returns:
         Warnings: what was lost, and that another schedule was replaced.
@@ -423,7 +435,7 @@ def restore(saved: SavedState, ema: EMAState, remarks: Sequence[str]) -> list[st
     Raises:
         ValueError: Names, shapes or kinds of tensors differ. Nothing was written.
     """
-    lost = [*load(saved, ema), *remarks]
+    lost = [*load(saved, ema), *saved.remarks]
     said = [f"The state was loaded; but {'; '.join(lost)}."] if lost else []
     if saved.schedule is not None:
         if ema.schedule not in (None, saved.schedule):
@@ -457,24 +469,31 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
     check_tensors(slots)
     if model is not online:
         for name, slot in slots_of(online).items():
-            if name not in weights and not slot.is_buffer and (whole := slot.whole()) is not None:
+            if name not in weights and slot.persistent and (whole := slot.whole()) is not None:
                 weights[name] = whole.detach()
     saved = SavedState(weights, {})
     targets = {name: whole for name, slot in slots.items() if (whole := slot.whole()) is not None}
-    differences = [f"'{name}' is not in the EMA" for name in targets if name not in weights]
-    differences += [f"'{name}' is not in the model" for name in weights if name not in targets]
-    differences += [
-        f"'{name}' {difference}"
-        for name, target in targets.items()
-        if name in weights and (difference := saved.difference_to_write(name, target))
-    ]
-    if differences:
-        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
+    first = {id(target): name for name, target in reversed(targets.items())}
+    tied = {name: first[id(target)] for name, target in targets.items()}
+
+    def compare(name: str, target: Tensor) -> str | None:
+        one, other = (dtensor.local_part(weights.get(of)) for of in (name, tied[name]))
+        ties = other is not None and storage_ptr(one) != storage_ptr(other)
+        if ties and not torch.equal(one, other):
+            return f"is tied to '{tied[name]}', but has other values in the EMA"
+        return saved.difference_to_write(name, target)
+
+    text = _listed(
+        [f"'{name}' is not in the EMA" for name in saved.missing(targets)],
+        [f"'{name}' is not in the model" for name in saved.unexpected(targets)],
+        saved.differing(targets, compare),
+    )
+    if text:
         raise ValueError(
-            f"The EMA does not fit the model given to copy_to(): {', '.join(differences[:10])}"
-            f"{more}. Nothing was copied. Give a model like the online one, sharded likewise if "
-            "that is. (Of a sharded EMA, state_dict(full_state_dict=True)['weights'] has whole "
-            "tensors on rank 0, for any model's load_state_dict.)"
+            f"The EMA does not fit the model given to copy_to(): {text}. Nothing was copied. Give "
+            "a model like the online one, sharded likewise if that is. (Of a sharded EMA, "
+            "state_dict(full_state_dict=True)['weights'] has whole tensors on rank 0, for any "
+            "model's load_state_dict.)"
         )
     for name, target in targets.items():
         dtensor.local_part(target).copy_(saved.value(name, target))
