@@ -234,7 +234,7 @@ def _kept_by_a_copy(value: object) -> Iterator[object]:
 
 
 def _reached(value: object, parts: Callable[[Any], Iterable[object]]) -> Iterator[object]:
-    """The value, its parts, theirs, and so on, the near ones first."""
+    """The value, its parts, the parts of those, and so on, the near ones first."""
     level: list[object] = []
     seen: dict[int, object] = {}  # which keeps alive what was made for this, so that ids stay
     pending: Iterable[object] = (value,)

@@ -62,13 +62,16 @@ class Planner:
             what: The method that needs the online model's own weights.
         """
         refuse_inside(own, what)
-        plan, online = self.current()
-        if open_swaps and any(swap.has_tensors_of(plan) for swap in open_swaps):
-            raise RuntimeError(
-                f"{what} while another EMA of this online model is swapped: the online model holds "
-                "that EMA's weights. Leave the context of its swapped() first. Nothing was changed."
-            )
-        return plan, online
+        if open_swaps:  # looked at before a new plan copies buffers that are made inside of one
+            online = [slot.read() for slot in slots_of(self._model).values()]
+            online += [pair.online for pair in self.plan.averaged]
+            if any(swap.has_any_of(online) for swap in open_swaps):
+                raise RuntimeError(
+                    f"{what} while another EMA of this online model is swapped: the online model "
+                    "holds that EMA's weights. Leave the context of its swapped() first. Nothing "
+                    "was changed."
+                )
+        return self.current()
 
     def update(self, plan: Plan, online: list[Tensor], *momenta: float | Tensor) -> None:
         """Make the update of `current`'s plan, with a momentum for each EMA."""

@@ -67,10 +67,10 @@ class Swap:
                     "of them. Assign a contiguous copy of it to the model before swapping."
                 )
 
-    def has_tensors_of(self, plan: Plan) -> bool:
-        """Whether the online model of another EMA's plan is, or shares tensors with, this one."""
-        online = {id(pair.online) for pair in self._plan.averaged}
-        return any(id(pair.online) in online for pair in plan.averaged)
+    def has_any_of(self, online: Iterable[Tensor | None]) -> bool:
+        """Whether the online model of another EMA is, or shares tensors with, this one."""
+        own = {id(pair.online) for pair in self._plan.averaged}
+        return any(id(tensor) in own for tensor in online)
 
     def enter(self) -> Swap:
         """Put the EMA's values into the online model; if that fails, restore its own."""

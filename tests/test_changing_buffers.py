@@ -442,6 +442,32 @@ def test_whatever_becomes_of_a_buffer_in_a_swap_the_training_goes_on(
         pass
 
 
+@WITH_AND_WITHOUT
+def test_what_another_emas_swap_refuses_changes_nothing(kind: str) -> None:
+    """No new plan is made of what its body does to the buffers."""
+    model = Cache()
+    ema, other = built(model, kind), ModelEMA(model)
+    with other.swapped():
+        model(5)
+        for refused in (lambda: ema.update(0.5), ema.sync, lambda: ema.copy_to(Cache())):
+            with pytest.raises(RuntimeError, match=r"another EMA .* Nothing was changed"):
+                refused()
+        assert weights(ema)["table"].tolist() == [0, 1, 2]
+    train(ema, 7, expected=1.5)
+    assert weights(ema)["table"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_ema_notices_a_swap_of_a_parameter_that_its_plan_does_not_know() -> None:
+    model = Cache()
+    stale = ModelEMA(model)
+    model.weight = nn.Parameter(torch.zeros(2))
+    ema = ModelEMA(model)
+    with ema.swapped(), pytest.raises(RuntimeError, match="another EMA of this online model"):
+        stale.update(0.5)
+    stale.update(0.5)
+    assert weights(stale)["weight"].eq(0.5).all()
+
+
 def test_a_loaded_state_with_a_buffer_of_another_shape_is_an_error() -> None:
     ema, other = ModelEMA(Cache()), ModelEMA(Cache())
     train(other, 5, expected=1.5)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ema_triton.checkpoint import interop
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.modules import (
+    Slots,
     check_model,
     clean_weights,
     renew_caches,
@@ -452,7 +453,7 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
 
     Args:
         ema: The EMA's state.
-        online: Its online model, which has the parameters that the EMA does not hold.
+        online: Its online model, which has what the EMA does not hold.
         model: The model to write; perhaps the online model itself.
 
     Raises:
@@ -464,15 +465,13 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
     slots = {
         name: slot
         for name, slot in slots_of(model).items()
-        if slot.persistent and slot.whole() is not None and (model is not online or name in weights)
+        if slot.persistent and (model is not online or name in weights)
     }
     check_tensors(slots)
+    targets = _tensors(slots)
     if model is not online:
-        for name, slot in slots_of(online).items():
-            if name not in weights and slot.persistent and (whole := slot.whole()) is not None:
-                weights[name] = whole.detach()
+        weights = _tensors(slots_of(online)) | weights
     saved = SavedState(weights, {})
-    targets = {name: whole for name, slot in slots.items() if (whole := slot.whole()) is not None}
     first = {id(target): name for name, target in reversed(targets.items())}
     tied = {name: first[id(target)] for name, target in targets.items()}
 
@@ -501,3 +500,12 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
     torch.autograd.graph.increment_version([*filter(dtensor.is_sharded, targets.values())])
     torch.clear_autocast_cache()
     renew_caches(with_caches(model))
+
+
+def _tensors(slots: Slots) -> dict[str, Tensor]:
+    """The parameters and persistent buffers there by name."""
+    return {
+        name: whole
+        for name, slot in slots.items()
+        if slot.persistent and (whole := slot.whole()) is not None
+    }
