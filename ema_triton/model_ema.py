@@ -27,7 +27,7 @@ from ema_triton.interrupts import DeferSigint, SwapContext
 from ema_triton.modules import are_sharded, check_model, set_apart, slots_of, unwrap
 from ema_triton.ops import foreach_backend
 from ema_triton.pairing import check_selection, check_tensors, excluded_names, shared_slots
-from ema_triton.plan import Plan
+from ema_triton.plan import Launch
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule
 from ema_triton.selection import Selection
@@ -226,7 +226,7 @@ class ModelEMA:
         arguments.refuse_in_bank(self._name_in_bank, "update()")
         with self._lock, torch.no_grad():
             plan, online = self._planner.outside_swap(self._swap, "update()")
-            self._check_fits(momentum, plan)
+            self._check_fits(momentum, plan.launches)
             self._planner.update(plan, online, momentum)
 
     @_disable_dynamo
@@ -551,10 +551,10 @@ class ModelEMA:
             warnings.warn(remark, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what follows an optimizer, which a copy does not."""
+        """Without the optimizer it follows and the bank it is in, which a copy does not share."""
         with self._lock:
             refuse_inside(self._swap, "copying or pickling the EMA")
-            state = {**self.__dict__, "_following": None}
+            state = {**self.__dict__, "_following": None, "_name_in_bank": None}
             del state["_lock"]
             return state
 
@@ -568,10 +568,10 @@ class ModelEMA:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
-    def _check_fits(self, momentum: float | Tensor, plan: Plan) -> None:
+    def _check_fits(self, momentum: float | Tensor, launches: Sequence[Launch]) -> None:
         """Warn once if most of the updates would round away."""
         if not self._warned or isinstance(momentum, Tensor):
-            remark = arguments.check_momentum_fits(momentum, plan.launches)
+            remark = arguments.check_momentum_fits(momentum, launches)
             if remark is not None:
                 self._warned = True
                 warnings.warn(remark, stacklevel=5)  # past the two frames of _disable_dynamo
