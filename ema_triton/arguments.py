@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema_triton.modules import Slots, are_sharded, check_model, unwrap
 from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE
 from ema_triton.plan import Launch
+from ema_triton.schedules import check_schedule
 
 BACKENDS = ("auto", "triton", "foreach")
 
@@ -125,6 +126,34 @@ def refuse_in_bank(name: str | None, what: str) -> None:
         raise RuntimeError(
             f"{what} of the average {name!r} alone, which is one of an EMABank's: they are updated "
             "together, in one launch. Call the bank's."
+        )
+
+
+def check_schedules(schedules: object) -> None:
+    """Raise unless they are schedules by name."""
+    if not isinstance(schedules, Mapping) or not schedules:
+        raise (ValueError if isinstance(schedules, Mapping) else TypeError)(
+            f"schedules must map names of averages to their schedules, but got {schedules!r}. Give "
+            "e.g. {'short': HalfLife(100), 'long': HalfLife(10_000)}."
+        )
+    for name, schedule in schedules.items():
+        if not isinstance(name, str):
+            raise TypeError(f"The name of an average must be a string, but got {name!r}.")
+        check_schedule(schedule)
+
+
+def check_names(what: str, given: object, own: Iterable[str]) -> None:
+    """Raise unless something was given for each average of a bank, by its name."""
+    names = ", ".join(map(repr, own))
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{what} must map the names of this bank's averages, {names}, each to its own, but got "
+            f"{given!r}."
+        )
+    if {*given} != {*own}:
+        raise ValueError(
+            f"{what} has {', '.join(map(repr, given)) or 'nothing'}, but this bank has {names}. "
+            "Give one for each."
         )
 
 

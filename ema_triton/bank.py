@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -11,14 +13,16 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ema_triton import arguments
-from ema_triton.checkpoint.state_dict import SavedState, scatter_state
+from ema_triton.checkpoint.state_dict import read_several, restore_several
 from ema_triton.distributed import collectives
 from ema_triton.following import Following
+from ema_triton.interrupts import DeferSigint
 from ema_triton.model_ema import ModelEMA
 from ema_triton.modules import slots_of, unwrap
+from ema_triton.ops import foreach_backend
 from ema_triton.planner import Planner
-from ema_triton.schedules import Schedule, check_schedule
-from ema_triton.swap import refuse_inside
+from ema_triton.schedules import Schedule
+from ema_triton.swap import Swap, refuse_inside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,13 +33,11 @@ if TYPE_CHECKING:
 class EMABank(Mapping[str, ModelEMA]):
     r"""Several exponential moving averages of one model's weights, in one launch per update.
 
-    Which decay is best is known after the training only. An update looks once whether a tensor has
-    moved, and on a GPU reads the online weights once for up to three averages: 4 + 8 K bytes per
-    fp32 parameter instead of 12 K. The averages are bit by bit what K `ModelEMA` would be. (One
-    whose momentum is 1 in an update, or a tensor, takes a launch of its own then.)
-
-    It is a mapping from names to `ModelEMA`, to be evaluated, saved and measured as any other;
-    only `update` and `follow` are the bank's.
+    Which decay is best is known after the training only. It is a mapping from names to `ModelEMA`,
+    to be evaluated, saved and measured as any other, and bit by bit what each would be alone; only
+    `update` and `follow` are the bank's. An update looks once whether a tensor has moved, and on a
+    GPU reads the online weights once for up to three averages. (One whose momentum is 1 in an
+    update, or a tensor, takes a launch of its own then.)
 
     Args:
         model: The online model, as of `ModelEMA`.
@@ -56,8 +58,6 @@ class EMABank(Mapping[str, ModelEMA]):
         >>> bank.update()
         >>> bank.update_index, [*bank]
         (1, ['0.05', '0.10'])
-        >>> torch.equal(bank["0.05"].ema_model.weight, model.weight)
-        True
     """
 
     def __init__(
@@ -68,12 +68,11 @@ class EMABank(Mapping[str, ModelEMA]):
         handle_buffers: str = "copy",
         **options: Unpack[Options],
     ) -> None:
-        _check_schedules(schedules)
+        arguments.check_schedules(schedules)
         arguments.check_options(EMABank, options, ModelEMA)
         if options.get("ema_model") is not None:
             raise ValueError(
-                "An EMABank makes an EMA model for each of its averages, and the ema_model that "
-                "was given cannot be all of them. Leave it out."
+                "ema_model was given, but each average has one of its own. Leave it out."
             )
         self._averages = {
             name: ModelEMA(model, handle_buffers=handle_buffers, **options) for name in schedules
@@ -128,8 +127,8 @@ class EMABank(Mapping[str, ModelEMA]):
 
     @schedule.setter
     def schedule(self, schedules: Mapping[str, Schedule]) -> None:
-        _check_schedules(schedules)
-        self._check_names("schedule", schedules)
+        arguments.check_schedules(schedules)
+        arguments.check_names("schedule", schedules, self)
         for name, average in self.items():
             average.schedule = schedules[name]
 
@@ -152,29 +151,32 @@ class EMABank(Mapping[str, ModelEMA]):
         """Move every average towards the online model, by its schedule.
 
         Args:
-            momentum: The momentum of each average by name, instead of the schedules'; values as
-                those of `ModelEMA.update`.
+            momentum: By name, as of `ModelEMA.update`, instead of the schedules'.
 
         Raises:
-            ValueError: A momentum is missing, unknown or out of range, or an averaged tensor
-                changed its shape or vanished.
-            RuntimeError: A tensor moved during CUDA graph capture; or the models' weights are
-                swapped.
+            ValueError: A name is missing or unknown; and as of `ModelEMA.update`.
+            RuntimeError: As of `ModelEMA.update`.
         """
         given = self.next_momentum() if momentum is None else momentum
-        self._check_names("momentum", given)
+        arguments.check_names("momentum", given, self)
         momenta = [arguments.check_momentum(given[name]) for name in self]
         with self._lock, torch.no_grad():
-            swaps = (average._swap for average in self.values() if average._swap is not None)
-            plan, online = self._planner.outside_swap(next(swaps, None), "update()")
-            for average, one in zip(self.values(), momenta, strict=True):
-                average._check_fits(one, plan)
+            plan, online = self._planner.outside_swap(self._swap, "update()")
+            for number, average in enumerate(self.values()):
+                launches = [launch for launch in plan.launches if launch.average == number]
+                average._check_fits(momenta[number], launches)
             self._planner.update(plan, online, *momenta)
 
+    @_disable_dynamo
     def sync(self) -> None:
         """Copy the online model into every average; see `ModelEMA.sync`."""
-        for average in self.values():
-            average.sync()
+        with self._lock, DeferSigint(), torch.no_grad():
+            foreach_backend.sync(*self._planner.outside_swap(self._swap, "sync()"))
+
+    @property
+    def _swap(self) -> Swap | None:
+        """That of the average whose `swapped()` is entered, if one is."""
+        return next((one._swap for one in self.values() if one._swap is not None), None)
 
     def follow(self, optimizer: object, *, every: int = 1) -> Following:
         """Update after every step that the optimizer really makes, or after every n-th.
@@ -186,18 +188,15 @@ class EMABank(Mapping[str, ModelEMA]):
 
     def state_dict(self, *, clone: bool = False, full_state_dict: bool = False) -> dict[str, Any]:
         """The averages' states by name; each of them, and the arguments, as of `ModelEMA`."""
-        states = {
-            name: average.state_dict(clone=clone, full_state_dict=full_state_dict)
-            for name, average in self.items()
-        }
+        with self._lock:
+            states = {
+                name: average.state_dict(clone=clone, full_state_dict=full_state_dict)
+                for name, average in self.items()
+            }
         return {"averages": states} if any(states.values()) else {}
 
     def load_state_dict(
-        self,
-        state: Mapping[str, Any] | None,
-        *,
-        full_state_dict: bool = False,
-        strict: bool = True,
+        self, state: Mapping[str, Any] | None, *, full_state_dict: bool = False, strict: bool = True
     ) -> None:
         """Load what `state_dict` returned: all averages, or none if one does not fit.
 
@@ -207,25 +206,21 @@ class EMABank(Mapping[str, ModelEMA]):
             ValueError: The state is not a bank's, has other names, or does not fit.
             RuntimeError: The models' weights are swapped.
         """
-        what, found = "load_state_dict()", dict[str, SavedState]()
+        emas = {name: average._state for name, average in self.items()}
         with self._lock, torch.no_grad():
-            for average in self.values():
-                refuse_inside(average._swap, what)
+            refuse_inside(self._swap, "load_state_dict()")
             if full_state_dict:
-                collectives.on_rank0(lambda: self._check_state(state))  # raises on all ranks
+                self._planner.reshard()
+                collectives.on_rank0(lambda: self._check_state(state))
             else:
                 self._check_state(state)
-            states: Any = state["averages"] if state else {}
-            for name, average in self.items():
-                if full_state_dict:
-                    average._planner.reshard()
-                    of_rank0 = states.get(name)
-                    found[name] = scatter_state(of_rank0, average._state, strict=strict)
-                else:
-                    found[name] = SavedState.parse(states[name])._replace(strict=strict)
-                    found[name].check_matches(average._state.tensors())
-            for name, average in self.items():
-                average._load(found[name], what)
+            found = read_several(state, emas, full_state_dict=full_state_dict, strict=strict)
+            self._planner.current()  # replaced tensors are in the states' buckets again
+            with DeferSigint():
+                said = restore_several(found, emas)
+                self._planner.plan.wrote()
+        for remark in said:
+            warnings.warn(remark, UserWarning, stacklevel=2)
 
     def _check_state(self, state: object) -> None:
         if not isinstance(state, Mapping) or not isinstance(state.get("averages"), Mapping):
@@ -234,14 +229,7 @@ class EMABank(Mapping[str, ModelEMA]):
                 "The state must be what EMABank.state_dict() returned, with 'averages', but got "
                 f"{got}. One average's state is loaded by bank[name].load_state_dict()."
             )
-        self._check_names("The state", state["averages"])
-
-    def _check_names(self, what: str, names: Iterable[str]) -> None:
-        if {*names} != self._averages.keys():
-            raise ValueError(
-                f"{what} has the averages {', '.join(map(repr, names))}, but this bank has "
-                f"{', '.join(map(repr, self))}. Give one for each."
-            )
+        arguments.check_names("The state", state["averages"], self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what follows an optimizer, which a copy does not."""
@@ -249,18 +237,13 @@ class EMABank(Mapping[str, ModelEMA]):
         del state["_lock"]
         return state
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EMABank:
+        """Copy it as a whole, while no other thread updates."""
+        with self._lock:
+            twin = memo[id(self)] = type(self).__new__(type(self))
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
         self._join()
-
-
-def _check_schedules(schedules: object) -> None:
-    if not isinstance(schedules, Mapping) or not schedules:
-        raise TypeError(
-            f"schedules must map names of averages to their schedules, but got {schedules!r}. Give "
-            "e.g. {'short': HalfLife(100), 'long': HalfLife(10_000)}."
-        )
-    for name, schedule in schedules.items():
-        if not isinstance(name, str):
-            raise TypeError(f"The name of an average must be a string, but got {name!r}.")
-        check_schedule(schedule)

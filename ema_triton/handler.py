@@ -415,7 +415,8 @@ class EMAHandler:
 
     def _count_event(self) -> None:
         """Count an event whose override did not call `ema.update`, as Ignite's warm-up does."""
-        self.ema.update_index = max(self.ema.update_index, self._event_index)
+        if self.ema.update_index < self._event_index:
+            self.ema.update_index = self._event_index
 
     def _write_momentum(self, engine: Engine, attachment: _Attachment) -> None:
         attachment.written = self.ema.next_momentum()

@@ -27,7 +27,7 @@ from ema_triton.interrupts import DeferSigint, SwapContext
 from ema_triton.modules import are_sharded, check_model, set_apart, slots_of, unwrap
 from ema_triton.ops import foreach_backend
 from ema_triton.pairing import check_online
-from ema_triton.plan import Plan
+from ema_triton.plan import Launch
 from ema_triton.planner import Planner
 from ema_triton.schedules import Schedule, check_schedule
 from ema_triton.selection import Selection
@@ -217,7 +217,7 @@ class ModelEMA:
         arguments.refuse_in_bank(self._name_in_bank, "update()")
         with self._lock, torch.no_grad():
             plan, online = self._planner.outside_swap(self._swap, "update()")
-            self._check_fits(momentum, plan)
+            self._check_fits(momentum, plan.launches)
             self._planner.update(plan, online, momentum)
 
     @_disable_dynamo
@@ -524,10 +524,11 @@ class ModelEMA:
             warnings.warn(remark, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what follows an optimizer, which a copy does not."""
+        """Without the optimizer it follows and the bank it is in, which a copy does not share."""
         with self._lock:
             refuse_inside(self._swap, "copying or pickling the EMA")
-            return {**self.__dict__, "_following": None, "_lock": None}
+            left = {"_following": None, "_name_in_bank": None, "_lock": None}
+            return {**self.__dict__, **left}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
         """Copy it as a whole, while no other thread updates."""
@@ -539,10 +540,10 @@ class ModelEMA:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
-    def _check_fits(self, momentum: float | Tensor, plan: Plan) -> None:
+    def _check_fits(self, momentum: float | Tensor, launches: Sequence[Launch]) -> None:
         """Warn once if most of the updates would round away."""
         asks = not self._warned or isinstance(momentum, Tensor)
-        if asks and (remark := arguments.check_momentum_fits(momentum, plan.launches)):
+        if asks and (remark := arguments.check_momentum_fits(momentum, launches)):
             self._warned = True
             warnings.warn(remark, stacklevel=5)  # past the two frames of _disable_dynamo
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -351,6 +352,54 @@ def scatter_state(state: object, ema: EMAState, *, strict: bool) -> SavedState:
         saved = meta._replace(weights=whole.weights, residuals=whole.residuals)
         saved = saved.map(own, lambda _, tensor: dtensor.local_part(tensor))
     return saved.map(own, lambda name, tensor: collectives.scatter_from_rank0(tensor, own[name]))
+
+
+def read_several(
+    state: Any,  # noqa: ANN401
+    emas: Mapping[str, EMAState],
+    *,
+    full_state_dict: bool,
+    strict: bool,
+) -> dict[str, SavedState]:
+    """Read what a bank saved of its EMAs; with `full_state_dict`, as `scatter_state` does.
+
+    Raises:
+        ValueError: One of them is no state, or damaged; it says which.
+    """
+    averages = state["averages"] if not full_state_dict or collectives.is_rank0() else {}
+    found = {}
+    for name, ema in emas.items():
+        with _naming(name):
+            if full_state_dict:
+                found[name] = scatter_state(averages.get(name), ema, strict=strict)
+            else:
+                found[name] = SavedState.parse(averages[name])._replace(strict=strict)
+    return found
+
+
+def restore_several(found: Mapping[str, SavedState], emas: Mapping[str, EMAState]) -> list[str]:
+    """`restore` for each of a bank's EMAs, after all of them have been compared.
+
+    Raises:
+        ValueError: One does not match; it says which. Nothing was written.
+    """
+    for name, saved in found.items():
+        with _naming(name):
+            saved.check_matches(emas[name].tensors())
+    return [
+        f"Average {name!r}: {remark}"
+        for name, saved in found.items()
+        for remark in restore(saved, emas[name], [])
+    ]
+
+
+@contextmanager
+def _naming(average: str) -> Iterator[None]:
+    """Say of which average an error is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Average {average!r}: {error}") from error
 
 
 def load(saved: SavedState, ema: EMAState) -> list[str]:
