@@ -527,8 +527,7 @@ class ModelEMA:
         """Without the optimizer it follows and the bank it is in, which a copy does not share."""
         with self._lock:
             refuse_inside(self._swap, "copying or pickling the EMA")
-            left = {"_following": None, "_name_in_bank": None, "_lock": None}
-            return {**self.__dict__, **left}
+            return {**self.__dict__, "_following": None, "_name_in_bank": None, "_lock": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelEMA:
         """Copy it as a whole, while no other thread updates."""

@@ -373,7 +373,7 @@ def read_several(
             if full_state_dict:
                 found[name] = scatter_state(averages.get(name), ema, strict=strict)
             else:
-                found[name] = SavedState.parse(averages[name])._replace(strict=strict)
+                found[name] = SavedState.parse(averages[name], strict=strict)
     return found
 
 
@@ -389,7 +389,7 @@ def restore_several(found: Mapping[str, SavedState], emas: Mapping[str, EMAState
     return [
         f"Average {name!r}: {remark}"
         for name, saved in found.items()
-        for remark in restore(saved, emas[name], [])
+        for remark in restore(saved, emas[name])
     ]
 
 
