@@ -113,7 +113,7 @@ def shard_like(value: Tensor, whole: Any) -> Tensor | None:  # noqa: ANN401
     part, own = local_part(value), local_part(whole)
     if _splits(value) == _splits(whole) and part.shape[: own.dim()] == own.shape:
         return part  # type: ignore[no-any-return]
-    if _splits(value) or part.shape != value.shape:
+    if _splits(value) or part.shape != value.shape or not is_sharded(whole):
         return None
     value = part
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
