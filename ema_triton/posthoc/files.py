@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +31,19 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     path = os.fsdecode(path)
     if os.path.isfile(os.path.join(path, ".metadata")):
         return _open_distributed(path, key)
-    state = interop.check_dict(interop.read_path(path, mapped=True)[0])
-    tensors = _choose(path, _tensors_in(state), key)
+    tensors = _choose(path, _tensors_in(interop.read_path(path, mapped=True)[0]), key)
     for name, tensor in tensors.items():
         if problem := unsupported(tensor):
             raise ValueError(f"'{name}' in '{path}' {problem.reason}. Save it as a plain tensor.")
     return Checkpoint(path, interop.files_of(path), tensors, tensors.__getitem__)
 
 
-def _tensors_in(state: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, str, Tensor]]:
-    for name, value in state.items():
+def _tensors_in(state: object, above: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """Key, name and tensor of all tensors in nested dicts."""
+    for name, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Tensor):
             yield above, str(name), value.detach()
-        elif isinstance(value, Mapping):
+        else:
             yield from _tensors_in(value, f"{above}.{name}" if above else str(name))
 
 

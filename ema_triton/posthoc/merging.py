@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -112,8 +113,9 @@ def merge(
     factors = _check_coefficients(coefficients, len(checkpoints))
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, or None, but got {dtype}.")
-    if not os.path.isdir(os.path.dirname(target)):
-        raise FileNotFoundError(f"There is no folder '{os.path.dirname(target)}' to write into.")
+    folder = os.path.dirname(target)
+    if os.path.isdir(target) or not os.access(folder, os.W_OK):
+        raise OSError(f"'{target}' is a folder, or '{folder}' is none that can be written into.")
     opened = [open_checkpoint(path, key) for path in checkpoints]
     files = {file: os.path.realpath(file) for one in opened for file in one.files}
     if target in files.values():
@@ -134,13 +136,11 @@ def merge(
         safetensors_dtype(name, new)
         layout[name] = torch.empty(tensor.shape, dtype=new, device="meta")
 
-    done = 0
+    steps = itertools.count(1)
 
     def advance() -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(done, len(files) + len(layout))
+            progress(next(steps), len(files) + len(layout))
 
     different: list[str] = []
 
@@ -205,26 +205,29 @@ def _check_alike(opened: Sequence[Checkpoint], dtype: torch.dtype | None) -> Non
                 f"'{name}' in '{first.path}' is {tensor.dtype}, whose values mean nothing without "
                 "their scales, and cannot be averaged. Convert the checkpoints to bf16 first."
             )
+
+    def kinds(one: Checkpoint) -> dict[str, str]:
+        return {
+            name: f"{'floating' if dtype and tensor.dtype in FLOATS else tensor.dtype}"
+            f" {[*tensor.shape]}"
+            for name, tensor in one.tensors.items()
+        }
+
+    expected = kinds(first)
     for other in others:
-        missing = sorted(first.tensors.keys() - other.tensors.keys())
-        added = sorted(other.tensors.keys() - first.tensors.keys())
-        if missing or added:
-            raise ValueError(
-                f"'{other.path}' has other tensors than '{first.path}': without "
-                f"{quoted(missing) or 'none'}, with {quoted(added) or 'none'} besides. Only "
-                "checkpoints of one model can be averaged. Nothing was written."
+        found = kinds(other)
+        names = sorted(expected.keys() | found.keys())
+        different = [name for name in names if expected.get(name) != found.get(name)]
+        if different:
+            shown = "; ".join(
+                f"'{name}' is {expected.get(name, 'absent')} and {found.get(name, 'absent')}"
+                for name in different[:5]
             )
-        for name, tensor in first.tensors.items():
-            found = other.tensors[name]
-            if found.shape == tensor.shape and (
-                found.dtype == tensor.dtype or (dtype and {found.dtype, tensor.dtype} <= {*FLOATS})
-            ):
-                continue
             raise ValueError(
-                f"'{name}' is {tensor.dtype} {[*tensor.shape]} in '{first.path}', but "
-                f"{found.dtype} {[*found.shape]} in '{other.path}'. Only checkpoints of one model "
-                "can be averaged; of several floating dtypes, if dtype= (on the command line "
-                "--dtype) says which the result gets. Nothing was written."
+                f"'{first.path}' and '{other.path}' differ in {len(different)} tensors: {shown}. "
+                "Only checkpoints of one model can be averaged; of several floating dtypes, if "
+                "dtype= (on the command line --dtype) says which the result gets. Nothing was "
+                "written."
             )
 
 
@@ -321,5 +324,6 @@ def run(arguments: argparse.Namespace, progress: Callable[[int, int], object]) -
         progress=progress,
     )
     lines = [f"{one['coefficient']:<12.6g}{one['path']}" for one in merged.merged_from]
-    copied = f", {len(merged.copied)} of integers taken from the last" if merged.copied else ""
-    return "\n".join([*lines, f"{len(merged.averaged)} tensors averaged{copied}: {merged.path}"])
+    lines.append(f"averaged: {len(merged.averaged)} tensors")
+    lines.append(f"integers, from the last: {len(merged.copied)}")
+    return "\n".join([*lines, f"written: {merged.path}"])

@@ -18,7 +18,7 @@ import safetensors.torch
 
 from ema_triton import ModelEMA
 from ema_triton.ops.precision import narrow_once
-from ema_triton.posthoc import merge
+from ema_triton.posthoc import merge, merging
 from ema_triton.posthoc.merging import DECAYS, decay_coefficients
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -117,7 +117,8 @@ def test_a_merge_is_an_ema_whose_schedule_is_known_in_advance(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "dcp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_each_value_is_the_nearest_to_the_exact_average(dtype, kind, tmp_path) -> None:
+def test_each_value_is_the_nearest_to_the_exact_average(dtype, kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(merging, "PIECE", 8)  # of 35 elements
     states = checkpoints(dtype)
     paths = [save(tmp_path, str(j), state, kind) for j, state in enumerate(states)]
     coefficients = [0.2, 0.3, 0.5]
@@ -229,11 +230,13 @@ def test_coefficients_that_were_rounded_sum_to_one(tmp_path) -> None:
 
 W = torch.ones(2, 3)
 DIFFERENT = [
-    ({"w": W, "b": W}, {"w": W}, {}, "without 'b', with none besides."),
-    ({"w": W}, {"w": W, "c": W}, {}, "without none, with 'c' besides. Only checkpoints of one"),
-    ({"w": W}, {"w": W.t()}, {}, "'w' is torch.float32 [2, 3] in"),
-    ({"w": W}, {"w": W.half()}, {}, "if dtype= (on the command line --dtype) says which"),
-    ({"w": W}, {"w": W.int()}, {"dtype": torch.float32}, "but torch.int32 [2, 3] in"),
+    ({"w": W, "b": W}, {"w": W}, {}, "differ in 1 tensors: 'b' is torch.float32 [2, 3] and absent. "
+     "Only checkpoints of one model can be averaged; of several floating dtypes, if dtype= (on the "
+     "command line --dtype) says which the result gets. Nothing was written."),
+    ({"w": W}, {"w": W, "c": W}, {}, "'c' is absent and torch.float32 [2, 3]. Only"),
+    ({"w": W}, {"w": W.t()}, {"dtype": torch.half}, "'w' is floating [2, 3] and floating [3, 2]."),
+    ({"w": W}, {"w": W.half()}, {}, "'w' is torch.float32 [2, 3] and torch.float16 [2, 3]."),
+    ({"w": W}, {"w": W.int()}, {"dtype": torch.half}, "is floating [2, 3] and torch.int32 [2, 3]."),
     ({"w": W.to(torch.float8_e4m3fn)}, {}, {}, "float8_e4m3fn, whose values mean nothing without"),
     ({"w": W.to(torch.complex128)}, {}, {}, "'w' is torch.complex128, which safetensors cannot"),
     ({"w": W.to_sparse()}, {}, {}, "Save it as a plain tensor."),
@@ -262,8 +265,12 @@ def test_wrong_paths(tmp_path) -> None:
         merge("a.pt", out="out")
     with pytest.raises(ValueError, match=r"is one of the checkpoints. Write to another file."):
         merge([path], out=path)
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*no' to write into"):
+    with pytest.raises(OSError, match=r"'.*no' is none that can be written into"):
         merge([path], out=tmp_path / "no" / "out")
+    with pytest.raises(OSError, match=re.escape(f"'{tmp_path}' is a folder, or")):
+        merge([path], out=tmp_path)
+    with pytest.raises(ValueError, match=r"list.pt' has no tensors by name"):
+        merge([path, save(tmp_path, "list", [W])], out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="gone"):
         merge([path, tmp_path / "gone.pt"], out=tmp_path / "out")
     (tmp_path / "bad.pt").write_bytes(path.read_bytes()[:300])
@@ -313,12 +320,16 @@ def test_a_tied_tensor_is_written_once_and_loads_under_each_name(tmp_path) -> No
     torch.testing.assert_close(second - first, torch.full((3, 3), 0.5))
 
 
-def test_integers_that_differ_are_warned_of(tmp_path) -> None:
-    states = [{"packed": torch.tensor([j, 2]), "same": torch.tensor([1, 2])} for j in range(2)]
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.uint16, torch.bool])
+def test_integers_that_differ_are_warned_of(dtype, tmp_path) -> None:
+    states = [
+        {"packed": torch.tensor([j, 1]).to(dtype), "same": torch.tensor([1, 0]).to(dtype)}
+        for j in range(2)
+    ]
     paths = [save(tmp_path, str(j), state) for j, state in enumerate(states)]
     with pytest.warns(UserWarning, match=r"different integers in 'packed', which cannot be averag"):
         merge(paths, out=tmp_path / "out")
-    assert load(tmp_path / "out")["packed"].tolist() == [1, 2]
+    assert load(tmp_path / "out")["packed"].tolist() == [1, 1]
 
 
 def test_a_checkpoint_that_does_not_count_spoils_nothing(tmp_path) -> None:
