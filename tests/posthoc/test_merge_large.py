@@ -97,11 +97,13 @@ def test_a_killed_merge_leaves_the_old_file(tmp_path: Path) -> None:
         torch.save({f"{j}": torch.ones(100_000) for j in range(4)}, tmp_path / name)
     out = tmp_path / "out"
     out.write_bytes(b"old")
+    os.link(out, tmp_path / "link")
     # Two files are hashed, then four tensors written: the third is not.
     command = [sys.executable, "-c", KILLED, out, tmp_path / "a", tmp_path / "b"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert out.read_bytes() == b"old"
     merge([tmp_path / "a", tmp_path / "b"], out=out)
+    assert (tmp_path / "link").read_bytes() == b"old"  # replaced, not written into
     assert safetensors.torch.load_file(out).keys() == {"0", "1", "2", "3"}
 
 
