@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["schedules", "checkpoint.interop", "model_ema", "handler"]
+MODULES = ["schedules", "checkpoint.interop", "model_ema", "handler", "posthoc.merging"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -55,6 +55,25 @@ def test_readme_examples(
     shown = names["trainer"].state.ema_distance
     assert shown == names["handler"].ema.distance()._asdict()
     assert shown["distance"] > 0
+
+
+def test_the_example_of_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/merging.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"merged.safetensors"}
+    assert "(docs/merging.md)" in (ROOT / "README.md").read_text()
+    shown = re.findall(r"^\| `(.*?)`.*\| ([\d.]+, [\d., ]+)\|$", text, re.MULTILINE)
+    from ema_triton.posthoc.merging import DECAYS, decay_coefficients
+
+    assert {shape for shape, _ in shown} == DECAYS.keys()
+    for shape, numbers in shown:
+        rounded = [round(c, 3) for c in decay_coefficients(shape, 4)]
+        assert [float(number) for number in numbers.split(",")] == rounded, shape
 
 
 def test_readme_names_every_schedule_and_backend() -> None:

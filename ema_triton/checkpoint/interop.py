@@ -7,8 +7,9 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -225,12 +226,32 @@ def write_safetensors(
         # safetensors refuses to write one storage twice.
         tensors[name] = tensor.clone() if storage_ptr(tensor) in storages else tensor
         storages.add(storage_ptr(tensor))
+    with replacing(path) as new:
+        safetensors.torch.save_file(tensors, new, metadata)
+
+
+def safetensors_dtype(name: str, dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype; ValueError with the tensor's name if it has none."""
+    try:
+        written = _import_safetensors().torch.save({"": torch.empty(0, dtype=dtype)})
+        kind: str = json.loads(written[8:])[""]["dtype"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"'{name}' is {dtype}, which safetensors cannot hold. Nothing was written. Convert it "
+            "or leave it out of the checkpoints."
+        ) from error
+    return kind
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The name of a new file, which replaces the one at `path` once the block has written it."""
     target = os.path.realpath(os.fsdecode(path))  # a link stays one
     with tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(target)) as folder:
         new = os.path.join(folder, "weights")
         with open(new, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        safetensors.torch.save_file(tensors, new, metadata)
+        yield new
         # safetensors makes a file for its owner alone; not every file system has modes.
         with suppress(PermissionError):
             os.chmod(new, mode)
@@ -239,11 +260,12 @@ def write_safetensors(
         os.replace(new, target)
 
 
-def read_path(path: str | os.PathLike[str]) -> tuple[object, int | None]:
+def read_path(path: str | os.PathLike[str], *, mapped: bool = False) -> tuple[object, int | None]:
     """Read a file, or a folder that `save_pretrained` of diffusers or transformers wrote.
 
     Args:
         path: A file of `read_file`, an index of several, or a folder with one of these.
+        mapped: As in `read_file`.
 
     Returns:
         What is in it; and how many updates the `config.json` beside it counts, if diffusers'
@@ -254,7 +276,7 @@ def read_path(path: str | os.PathLike[str]) -> tuple[object, int | None]:
         OSError: A file cannot be opened.
         ImportError: It is a safetensors file, and safetensors is not installed.
     """
-    file = _find_in_folder(os.fsdecode(path)) if os.path.isdir(path) else os.fsdecode(path)
+    file = _find(path)
     updates = None
     if os.path.basename(file).startswith(DIFFUSERS_NAME):
         with (
@@ -262,10 +284,20 @@ def read_path(path: str | os.PathLike[str]) -> tuple[object, int | None]:
             open(os.path.join(os.path.dirname(file), "config.json"), encoding="utf-8") as config,
         ):
             updates = _count(json.load(config).get("optimization_step"))
-    return _read_parts(file) if file.endswith(INDEX) else read_file(file), updates
+    state = _read_parts(file, mapped) if file.endswith(INDEX) else read_file(file, mapped=mapped)
+    return state, updates
 
 
-def _find_in_folder(folder: str) -> str:
+def files_of(path: str | os.PathLike[str]) -> list[str]:
+    """The files in which `read_path` finds the tensors."""
+    file = _find(path)
+    return _parts_of(file) if file.endswith(INDEX) else [file]
+
+
+def _find(path: str | os.PathLike[str]) -> str:
+    folder = os.fsdecode(path)
+    if not os.path.isdir(folder):
+        return folder
     for name in FOLDER_NAMES:
         for found in (os.path.join(folder, name), os.path.join(folder, name + INDEX)):
             if os.path.isfile(found):
@@ -278,8 +310,8 @@ def _find_in_folder(folder: str) -> str:
     )
 
 
-def _read_parts(index: str) -> dict[Any, Any]:
-    """The weights in all the files of an index, which are beside it."""
+def _parts_of(index: str) -> list[str]:
+    """The files that an index names, which are beside it."""
     try:
         with open(index, encoding="utf-8") as file:
             parts = sorted({*json.load(file)["weight_map"].values()})
@@ -290,21 +322,27 @@ def _read_parts(index: str) -> dict[Any, Any]:
             f"'{index}' is damaged ({type(error).__name__}: {error}): it names no files beside it "
             "that have the weights. Give another copy of the folder, or a dict of its weights."
         ) from error
+    return [os.path.join(os.path.dirname(index), part) for part in parts]
+
+
+def _read_parts(index: str, mapped: bool) -> dict[Any, Any]:
     weights: dict[Any, Any] = {}
-    for part in parts:
-        file_of_part = os.path.join(os.path.dirname(index), part)
+    for part in _parts_of(index):
+        name = os.path.basename(part)
         try:
-            weights |= check_dict(read_file(file_of_part))
+            weights |= check_dict(read_file(part, mapped=mapped))
         except ValueError as error:
-            raise ValueError(f"Of '{index}', '{part}' has no weights. {error}") from error
+            raise ValueError(f"Of '{index}', '{name}' has no weights. {error}") from error
     return weights
 
 
-def read_file(path: str | os.PathLike[str]) -> object:
+def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
     """Read a safetensors or torch.save file onto the CPU, recognised by its first bytes.
 
     Args:
         path: The file, of any name.
+        mapped: Whether the tensors stay in the file, which must not change while they are used,
+            and each is read where it is used. (torch.save's format before 1.6 is read at once.)
 
     Returns:
         A dict of tensors, under tied names too; or what was given to torch.save.
@@ -319,35 +357,46 @@ def read_file(path: str | os.PathLike[str]) -> object:
         # safetensors: the length of the header in 8 bytes, then the header, which is JSON.
         is_safetensors = file.read(9)[8:] == b"{"
         file.seek(0)
-        try:
-            return _read_safetensors(name) if is_safetensors else _read_torch(file)
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"No weights can be read from '{name}' ({type(error).__name__}): it is damaged or "
-                "incomplete, or no file of safetensors or torch.save, or it holds more than "
-                "tensors and plain values, which torch.load(weights_only=True) refuses. Give "
-                "another copy of the file, or a dict of its weights."
-            ) from error
+        with readable(name):
+            return _read_safetensors(name, mapped) if is_safetensors else _read_torch(file, mapped)
 
 
-def _read_safetensors(path: str) -> dict[str, Tensor]:
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raise ValueError for whatever is raised where this file or folder is read."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"No weights can be read from '{name}' ({type(error).__name__}): it is damaged or "
+            "incomplete, or no file of safetensors or torch.save, or it holds more than "
+            "tensors and plain values, which torch.load(weights_only=True) refuses. Give "
+            "another copy of the file, or a dict of its weights."
+        ) from error
+
+
+def _read_safetensors(path: str, mapped: bool) -> dict[str, Tensor]:
     with _import_safetensors().safe_open(path, framework="pt") as file:
-        # Clones, as the file is mapped: its tensors would change, or crash, when it does.
-        weights = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+        weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if not mapped:  # else tensors would change, or crash, when the file does
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
         for name, first in (file.metadata() or {}).items():
             if name not in ("format", "update_index") and first in weights:
                 weights.setdefault(name, weights[first])
     return weights
 
 
-def _read_torch(file: IO[bytes]) -> object:
+def _read_torch(file: IO[bytes], mapped: bool) -> object:
     # timm's checkpoints hold the arguments of its training script, a namespace of plain values.
     # If the user has allowed it already, the context must not: leaving it would forbid it.
     allowed = {argparse.Namespace}.difference(torch.serialization.get_safe_globals())
     with torch.serialization.safe_globals([*allowed]):
-        # The open file, as torch.load goes by a path's ending; only a path could be mapped.
+        if mapped and zipfile.is_zipfile(file):
+            return torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+        file.seek(0)
+        # The open file, as torch.load goes by a path's ending; only a path can be mapped.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 

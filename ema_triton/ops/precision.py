@@ -119,6 +119,21 @@ def narrow_stochastic(value: Tensor, noise: Tensor, weight: Tensor, scratch: Scr
     weight.copy_(temp)
 
 
+def narrow_once(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp64 values, rounded to a dtype once, to nearest-even.
+
+    torch rounds them to fp32 before bf16 or fp16: 1 + 2**-8 + 2**-40 becomes a bf16 of 1. If fp32s
+    that are inexact are made the odd ones of the two neighbours, the second rounding is right.
+    """
+    if dtype not in RESIDUAL_DTYPE:
+        return value.to(dtype)
+    single = value.float()
+    rounded = single.double()
+    away = rounded.abs() > value.abs()
+    _bits(single).sub_(away.int()).bitwise_or_((rounded != value).int())
+    return single.to(dtype)
+
+
 def overflow_threshold(dtype: torch.dtype, precision: str) -> float:
     """The least magnitude that is, or stochastically may be, stored as Inf in this dtype."""
     if dtype not in RESIDUAL_DTYPE:

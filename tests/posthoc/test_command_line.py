@@ -1,0 +1,140 @@
+"""`python -m ema_triton`: what it prints, and its exit status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+import safetensors.torch
+
+from ema_triton.posthoc import merging
+from ema_triton.posthoc.__main__ import main
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    for step in (1, 2, 3):
+        state = {"w": torch.full((2,), float(step)), "count": torch.tensor(step)}
+        torch.save(state, tmp_path / f"{step}.pt")
+    return [str(tmp_path / f"{step}.pt") for step in (1, 2, 3)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ema_triton", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_merging(paths: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    done = run("merge", "--shape", "1-sqrt", *paths, "--out", out)
+    assert done.returncode == 0, done.stderr
+    a, b, c = paths
+    assert done.stdout.splitlines() == [
+        f"0.57735     {a}",
+        f"0.239146    {b}",
+        f"0.183503    {c}",
+        "averaged: 1 tensors",
+        "integers, from the last: 1",
+        f"written: {out}",
+    ]
+    assert done.stderr.splitlines() == [" 20 %", " 40 %", " 60 %", " 80 %", "100 %"]
+    weights = safetensors.torch.load_file(out)
+    expected = 0.5773502692 + 2 * 0.2391463117 + 3 * 0.1835034191
+    assert weights["w"].tolist() == pytest.approx([expected] * 2)
+
+
+def test_an_error_is_its_text_and_status_1(paths: list[str], tmp_path: Path) -> None:
+    done = run("merge", *paths, tmp_path / "gone.pt", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"\nerror: [Errno 2] No such file or directory: '{tmp_path / 'gone.pt'}'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_coefficients_and_dtype(paths: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--coefficients", "0.25,0.25,0.5", "--dtype", "bfloat16", "--out", str(out))
+    assert main(["merge", *paths, *options]) == 0
+    weights = safetensors.torch.load_file(out)
+    assert weights["w"].dtype == torch.bfloat16
+    assert weights["w"].tolist() == [2.25, 2.25]
+    assert main(["merge", *paths, "--coefficients", "0,0,1", "--out", str(out)]) == 0
+    assert safetensors.torch.load_file(out)["w"].tolist() == [3.0, 3.0]
+
+
+def test_errors_and_warnings(paths: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    out = str(tmp_path / "out")
+    assert main(["merge", *paths, "--coefficients", "1,2,1", "--out", out]) == 1
+    said = capsys.readouterr().err
+    assert "error: The coefficients 1,2,1 sum to 4, not to 1" in said
+    assert "Divide each by the sum, e.g. 0.25,0.5,0.25." in said
+    torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}, paths[0])
+    assert main(["merge", paths[0], "--out", out]) == 1
+    assert "'model' (1), 'ema' (1). Choose one by key= (on the command line --key)" in (
+        capsys.readouterr().err
+    )
+    assert main(["merge", paths[0], "--key", "ema", "--out", out]) == 0
+    for step, path in enumerate(paths):
+        torch.save({"packed": torch.tensor([step, 1])}, path)
+    capsys.readouterr()
+    assert main(["merge", *paths, "--out", out]) == 0
+    assert "\nwarning: The checkpoints have different integers in 'packed'" in (
+        capsys.readouterr().err
+    )
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "merge", interrupted)
+    assert main(["merge", *paths, "--out", out]) == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["merge", "a"], "the following arguments are required: --out"),
+        (["merge", "a", "--out", "b", "--shape", "sqrt"], "invalid choice: 'sqrt'"),
+        (["merge", "a", "--out", "b", "--coefficients", "1;2"], "numbers with commas between"),
+        (["merge", "a", "--out", "b", "--coefficients", "1", "--shape", "equal"], "not allowed"),
+    ],
+)
+def test_wrong_arguments_are_status_2(arguments: list[str], text: str, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_help_says_what_it_does(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(os.environ, "COLUMNS", "100")
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "merge" in text
+    assert "Average checkpoints of a model, in place of a decay of the learning rate." in text
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for needed in (
+        "python -m ema_triton merge --shape 1-sqrt step1.pt step2.pt step3.pt --out merged",
+        "the oldest first",
+        "folders of torch.distributed.checkpoint or save_pretrained",
+        "{equal,linear,1-sqrt,cosine}",
+        "(default: equal)",
+        "a linear one is an equal average",
+        "{float64,float32,bfloat16,float16}",
+        "which sum to 1",
+        "e.g. model or ema.weights",
+        "Integers, like BatchNorm's counts, are the last checkpoint's.",
+    ):
+        assert needed in text
