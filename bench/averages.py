@@ -118,6 +118,9 @@ def measured(
     momenta = MOMENTA[:count]
     bank = EMABank(online, {str(m): Constant(m) for m in momenta}, **options)
     singles = [ModelEMA(online, **options) for _ in momenta]
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.neg_()  # or an update would change nothing
     updates = [partial(ema.update, m) for ema, m in zip(singles, momenta, strict=True)]
     check(bank, singles, updates)
 

@@ -252,7 +252,9 @@ class Clock:
 
 def arguments(out: Path | None, *, minutes: float | None = None, resume: bool = False, **changed):
     given = {"models": "tiny", "device": "cpu", "peers": "foreach_lerp", "quick": True}
-    return SimpleNamespace(**{**given, **changed}, out=out, minutes=minutes, resume=resume)
+    return SimpleNamespace(
+        **{**given, **changed}, out=out, minutes=minutes, resume=resume, averages=None
+    )
 
 
 @pytest.fixture

@@ -111,7 +111,13 @@ NOISY = {
         ({"spills": 8}, "spills of 8"),
         ({**SEVERAL_GOOD, "registers": 65}, "65 registers, more than 64"),
         ({**SEVERAL_GOOD, "barriers": 1}, "1 barriers"),
-        ({**SEVERAL_GOOD, "averages": 3}, "8 elements loaded"),
+        (
+            {
+                **SEVERAL_GOOD,
+                "accesses": {"ld.v4.b32": 3, "st.v4.b32": 4, "ld.b32": 9, "st.b32": 4},
+            },
+            "4 elements loaded and 8 stored by vectors",
+        ),
         ({"guarded": True, "registers": 57}, "57 registers, more than 56"),
         ({"guarded": True, "shared": 512}, "512 bytes of shared memory"),
         ({"guarded": True, "barriers": 7}, "7 barriers"),
