@@ -173,8 +173,10 @@ class EMABank(Mapping[str, ModelEMA]):
 
     def sync(self) -> None:
         """Copy the online model into every average; see `ModelEMA.sync`."""
-        for average in self.values():
-            average.sync()
+        with self._lock:
+            for average in self.values():
+                average.sync()
+            self._planner.record("sync")  # all of them took the same weights
 
     def follow(self, optimizer: object, *, every: int = 1) -> Following:
         """Update after every step that the optimizer really makes, or after every n-th.

@@ -241,6 +241,7 @@ class ModelEMA:
         """
         with self._lock, DeferSigint(), torch.no_grad():
             foreach_backend.sync(*self._planner.outside_swap(self._swap, "sync()"))
+            self._planner.record("sync")
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the EMA's parameters and persistent buffers into a model's tensors.
@@ -547,6 +548,7 @@ class ModelEMA:
             with DeferSigint():
                 said = state_dict.restore(found, self._state, remarks)
                 self._planner.plan.wrote()
+                self._planner.record(what)
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=3)
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["schedules", "checkpoint.interop", "model_ema", "handler"]
+MODULES = [
+    "schedules",
+    "checkpoint.interop",
+    "model_ema",
+    "handler",
+    "posthoc.profiles",
+    "posthoc.snapshots",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

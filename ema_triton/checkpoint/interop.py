@@ -179,7 +179,10 @@ def _count(value: object) -> int | None:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], weights: Mapping[str, Tensor], update_index: int
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Tensor],
+    update_index: int,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file, which replaces an old one only once it is complete.
 
@@ -189,6 +192,7 @@ def write_safetensors(
             under the first of its names, and the metadata has the others, as safetensors'
             `save_model` does.
         update_index: The number of updates made, for the metadata.
+        more: What else the metadata is to have.
 
     Raises:
         ValueError: A tensor is of a kind that safetensors cannot hold. Nothing was written.
@@ -201,8 +205,8 @@ def write_safetensors(
         >>> read_file(path)
         {'weight': tensor([0, 1, 2])}
     """
-    safetensors = _import_safetensors()
-    metadata = {"format": "pt", "update_index": str(update_index)}
+    safetensors = import_safetensors()
+    metadata = {"format": "pt", "update_index": str(update_index), **(more or {})}
     tensors: dict[str, Tensor] = {}
     written: dict[object, str] = {}  # names by memory
     storages: set[int] = set()
@@ -333,7 +337,7 @@ def read_file(path: str | os.PathLike[str]) -> object:
 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:
-    with _import_safetensors().safe_open(path, framework="pt") as file:
+    with import_safetensors().safe_open(path, framework="pt") as file:
         # Clones, as the file is mapped: its tensors would change, or crash, when it does.
         weights = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
         for name, first in (file.metadata() or {}).items():
@@ -351,7 +355,8 @@ def _read_torch(file: IO[bytes]) -> object:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
-def _import_safetensors() -> Any:  # noqa: ANN401  # its stubs have no types
+def import_safetensors() -> Any:  # noqa: ANN401  # its stubs have no types
+    """The package safetensors; an ImportError that says what to do."""
     try:
         import safetensors.torch
     except ImportError as error:
