@@ -172,6 +172,7 @@ class EMABank(Mapping[str, ModelEMA]):
         """Copy the online model into every average; see `ModelEMA.sync`."""
         with self._lock, DeferSigint(), torch.no_grad():
             foreach_backend.sync(*self._planner.outside_swap(self._swap, "sync()"))
+            self._planner.record("sync")
 
     @property
     def _swap(self) -> Swap | None:
@@ -219,6 +220,8 @@ class EMABank(Mapping[str, ModelEMA]):
             with DeferSigint():
                 said = restore_several(found, emas)
                 self._planner.plan.wrote()
+                for average in self.values():  # each has loaded weights of its own
+                    average._planner.record("load_state_dict()")
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=2)
 
@@ -233,9 +236,7 @@ class EMABank(Mapping[str, ModelEMA]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what follows an optimizer, which a copy does not."""
-        state = {**self.__dict__, "_following": None}
-        del state["_lock"]
-        return state
+        return {**self.__dict__, "_following": None, "_lock": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EMABank:
         """Copy it as a whole, while no other thread updates."""

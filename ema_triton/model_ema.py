@@ -232,6 +232,7 @@ class ModelEMA:
         """
         with self._lock, DeferSigint(), torch.no_grad():
             foreach_backend.sync(*self._planner.outside_swap(self._swap, "sync()"))
+            self._planner.record("sync")
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the EMA's parameters and persistent buffers into a model's tensors.
@@ -336,7 +337,8 @@ class ModelEMA:
         """
         check_schedule(schedule)
         arguments.refuse_in_bank(self._name_in_bank, "follow()")
-        self._following = Following(optimizer, self.model, self._scheduled, every, self._following)
+        update = lambda: self.update(self.next_momentum())  # noqa: E731
+        self._following = Following(optimizer, self.model, update, every, self._following)
         self._state.schedule = schedule
         return self._following
 
@@ -520,6 +522,7 @@ class ModelEMA:
             with DeferSigint():
                 said = state_dict.restore(found, self._state)
                 self._planner.plan.wrote()
+                self._planner.record(what)
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=3)
 
@@ -545,6 +548,3 @@ class ModelEMA:
         if asks and (remark := arguments.check_momentum_fits(momentum, launches)):
             self._warned = True
             warnings.warn(remark, stacklevel=5)  # past the two frames of _disable_dynamo
-
-    def _scheduled(self) -> None:
-        self.update(self.next_momentum())

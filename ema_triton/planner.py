@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +30,15 @@ class Planner:
     Attributes:
         plan: The latest plan.
         captured: Plans whose chunk tables CUDA graphs go on reading.
+        recorder: Told what happens to the EMAs, if there is one: the kind, the update index, and
+            the momenta of an update. A copy has none.
     """
 
     def __init__(self, model: nn.Module, states: Sequence[EMAState], backend: str) -> None:
         self._model, self._states, self._backend = model, states, backend
         self.plan = Plan.unknown()
         self.captured: list[Plan] = []
+        self.recorder: Callable[[str, int, Sequence[float | Tensor]], None] | None = None
 
     def latest(self) -> Plan:
         """The latest plan, stale or not; the first one of a copy."""
@@ -79,8 +82,15 @@ class Planner:
         plan.update(*momenta)
         if plan.on_cuda and torch.cuda.is_current_stream_capturing():
             self.captured.append(plan)  # the graph goes on reading its chunk tables
+        if self.recorder is not None:
+            self.recorder("update", self._states[0].update_index, momenta)
         for state in self._states:
             state.update_index += 1
+
+    def record(self, kind: str) -> None:
+        """Tell the recorder that something else than an update happened."""
+        if self.recorder is not None:
+            self.recorder(kind, self._states[0].update_index, ())
 
     def reshard(self) -> None:
         """Have the modules of an EMA model that is sharded show their shards."""
@@ -115,12 +125,15 @@ class Planner:
             choose(self._backend, plan)
         if plan.reason != self.plan.reason:
             logger.info("EMA backend: %s (%s)", plan.backend, plan.reason)
+        old, new = ({*map(id, one.ema_tensors)} for one in (self.plan, plan))
+        if old and old != new:
+            self.record("replaced")
         self.plan = plan
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
         """Without plans: their addresses mean nothing to a copy or to another process."""
-        return {**self.__dict__, "plan": None, "captured": []}
+        return {**self.__dict__, "plan": None, "captured": [], "recorder": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, plan=Plan.unknown())

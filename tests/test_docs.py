@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["schedules", "checkpoint.interop", "model_ema", "handler", "posthoc.merging"]
+MODULES = [
+    "schedules",
+    "checkpoint.interop",
+    "model_ema",
+    "bank",
+    "handler",
+    "posthoc.merging",
+    "posthoc.profiles",
+    "posthoc.snapshots",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

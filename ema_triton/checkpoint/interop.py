@@ -180,7 +180,10 @@ def _count(value: object) -> int | None:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], weights: Mapping[str, Tensor], update_index: int
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Tensor],
+    update_index: int,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file, which replaces an old one only once it is complete.
 
@@ -190,6 +193,7 @@ def write_safetensors(
             under the first of its names, and the metadata has the others, as safetensors'
             `save_model` does.
         update_index: The number of updates made, for the metadata.
+        more: What else the metadata is to have.
 
     Raises:
         ValueError: A tensor is of a kind that safetensors cannot hold. Nothing was written.
@@ -202,8 +206,8 @@ def write_safetensors(
         >>> read_file(path)
         {'weight': tensor([0, 1, 2])}
     """
-    safetensors = _import_safetensors()
-    metadata = {"format": "pt", "update_index": str(update_index)}
+    safetensors = import_safetensors()
+    metadata = {"format": "pt", "update_index": str(update_index), **(more or {})}
     tensors: dict[str, Tensor] = {}
     written: dict[object, str] = {}  # names by memory
     storages: set[int] = set()
@@ -233,7 +237,7 @@ def write_safetensors(
 def safetensors_dtype(name: str, dtype: torch.dtype) -> str:
     """What safetensors calls a dtype; ValueError with the tensor's name if it has none."""
     try:
-        written = _import_safetensors().torch.save({"": torch.empty(0, dtype=dtype)})
+        written = import_safetensors().torch.save({"": torch.empty(0, dtype=dtype)})
         kind: str = json.loads(written[8:])[""]["dtype"]
     except (KeyError, ValueError) as error:
         raise ValueError(
@@ -378,7 +382,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def _read_safetensors(path: str, mapped: bool) -> dict[str, Tensor]:
-    with _import_safetensors().safe_open(path, framework="pt") as file:
+    with import_safetensors().safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if not mapped:  # else tensors would change, or crash, when the file does
             weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -400,7 +404,8 @@ def _read_torch(file: IO[bytes], mapped: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
-def _import_safetensors() -> Any:  # noqa: ANN401  # its stubs have no types
+def import_safetensors() -> Any:  # noqa: ANN401  # its stubs have no types
+    """The package safetensors; an ImportError that says what to do."""
     try:
         import safetensors.torch
     except ImportError as error:
