@@ -4,9 +4,15 @@ import ast
 import doctest
 import importlib
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+from ema_triton import PowerFunction
+from ema_triton.posthoc.profiles import gram, solve
+from ema_triton.posthoc.reconstruct import RELATIVE_ROUNDING
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -83,6 +89,49 @@ def test_the_example_of_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for shape, numbers in shown:
         rounded = [round(c, 3) for c in decay_coefficients(shape, 4)]
         assert [float(number) for number in numbers.split(",")] == rounded, shape
+
+
+def test_the_example_of_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/posthoc.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    assert "(docs/posthoc.md)" in (ROOT / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="These snapshots do not make the weights")
+        for block in blocks:
+            exec(block, names)
+    printed = capsys.readouterr().out
+    assert "64 of 2 averages (0.05, 0.10), from update 10 to 320" in printed
+    assert names["result"].profile_error < 0.005
+    assert names["last_half"].profile_error < 0.2
+
+
+def test_the_table_of_what_to_store() -> None:
+    text = (ROOT / "docs/posthoc.md").read_text()
+    rows = re.findall(
+        r"^\| (0\.\d+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|", text, re.MULTILINE
+    )
+    assert len(rows) == 8
+    updates, moments = 64_000, 32
+    sigmas = [0.05, 0.10, *(float(row[0]) for row in rows)]
+    schedules = [PowerFunction(sigma_rel=sigma) for sigma in sigmas]
+    momenta = torch.tensor(
+        [[schedule(t) for schedule in schedules] for t in range(1, updates + 1)],
+        dtype=torch.float64,
+    )
+    ends = [(updates * k // moments, a) for k in range(1, moments + 1) for a in (0, 1)]
+    targets = [(updates, column) for column in range(2, len(sigmas))]
+    matrix = gram(momenta, [*ends, *targets])
+    for dtype, column in ((torch.float32, 2), (torch.bfloat16, 3)):
+        noise = RELATIVE_ROUNDING * torch.finfo(dtype).eps * torch.ones(len(ends)).double()
+        for row, solution in zip(rows, solve(matrix, noise), strict=True):
+            found = (solution.profile_error, solution.expected_error)
+            for shown, value in zip((row[1], row[column]), found, strict=True):
+                assert float(shown) == pytest.approx(100 * value, rel=0.05), row
 
 
 def test_readme_names_every_schedule_and_backend() -> None:

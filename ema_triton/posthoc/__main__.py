@@ -8,11 +8,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 
-from ema_triton.posthoc import merging
+from ema_triton.posthoc import commands, merging
 
 # The first function adds the arguments. The second gets them and a progress callback, and returns
 # what to print; its docstring is the command's help.
-COMMANDS = {"merge": (merging.add_arguments, merging.run)}
+COMMANDS = {
+    "snapshots": (commands.add_folder, commands.describe),
+    "reconstruct": (commands.add_target, commands.rebuild),
+    "merge": (merging.add_arguments, merging.run),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ pytest.importorskip("safetensors")
 
 import safetensors.torch
 
-from ema_triton.posthoc import merging
+from ema_triton import EMABank, PowerFunction
+from ema_triton.posthoc import Snapshots, merging
 from ema_triton.posthoc.__main__ import main
 
 
@@ -138,3 +139,68 @@ def test_help_says_what_it_does(capsys, monkeypatch) -> None:
         "Integers, like BatchNorm's counts, are the last checkpoint's.",
     ):
         assert needed in text
+
+
+@pytest.fixture
+def snapshots(tmp_path: Path) -> Path:
+    """64 updates of a small model, two averages, every 4th update saved."""
+    model = torch.nn.Linear(3, 2)
+    schedules = {name: PowerFunction(sigma_rel=float(name)) for name in ("0.05", "0.10")}
+    bank = EMABank(model, schedules)
+    folder = Snapshots(tmp_path / "snapshots")
+    folder.record(bank)
+    for update_index in range(1, 65):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        bank.update()
+        if update_index % 4 == 0:
+            folder.save(bank)
+    return tmp_path / "snapshots"
+
+
+def test_a_folder_is_described(snapshots: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["snapshots", str(snapshots)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{Snapshots(snapshots)!r}\n"
+    assert "32 of 2 averages (0.05, 0.10), from update 4 to 64" in printed
+
+
+def test_an_average_is_rebuilt(
+    snapshots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, png = tmp_path / "out.safetensors", tmp_path / "profiles.png"
+    asked = ["reconstruct", str(snapshots), "--sigma-rel", "0.07", "--out", str(out)]
+    pytest.importorskip("matplotlib")
+    assert main([*asked, "--at", "60", "--plot", str(png)]) == 0
+    expected = Snapshots(snapshots).reconstruct(PowerFunction(sigma_rel=0.07), at=60)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{PowerFunction(sigma_rel=0.07)} at update 60, of 30 snapshots"
+    assert lines[1] == f"profile error   {expected.profile_error:.2g}"
+    assert lines[-2:] == [f"written: {out}", f"drawn: {png}"]
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    found = safetensors.torch.load_file(out)
+    assert found.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(found[name], weight)
+
+
+def test_a_target_out_of_reach_is_status_1(
+    snapshots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    asked = ["reconstruct", str(snapshots), "--sigma-rel", "0.005", "--out", str(out)]
+    assert main(asked) == 1
+    assert "the profile error is" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*asked, "--approximate"]) == 0
+    assert "warning: These snapshots do not make" in capsys.readouterr().err
+    assert out.exists()
+
+
+def test_a_folder_that_is_not_there_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["snapshots"], ["reconstruct", "--gamma", "7", "--out", "out"]):
+        assert main([*command[:1], str(tmp_path / "gone"), *command[1:]]) == 1
+        assert f"error: There is no folder '{tmp_path / 'gone'}'" in capsys.readouterr().err
+    assert not (tmp_path / "gone").exists()
