@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ema_triton import ModelEMA
 from ema_triton.plan import Launch
-from tests.strategies import KERNEL_DTYPES
 
 triton_backend = pytest.importorskip("ema_triton.ops.triton_backend")
 
@@ -19,7 +18,10 @@ LENGTHS = (5, 1000, 4096 + 1028)
 MOMENTA = (0.1, 0.75, 1e-4, 0.3, 0.01)
 
 PRECISIONS = [
-    *((ema, online, "nearest") for ema, online in KERNEL_DTYPES),
+    (torch.float32, torch.float32, "nearest"),
+    (torch.float32, torch.bfloat16, "nearest"),
+    (torch.bfloat16, torch.bfloat16, "nearest"),
+    (torch.float64, torch.float64, "nearest"),
     *(
         (ema, ema, precision)
         for ema in (torch.bfloat16, torch.float16)
@@ -65,9 +67,8 @@ def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize(
-    ("count", "guard"), [(2, "propagate"), (2, "skip"), (3, "skip"), (5, "propagate")]
-)
+# Five are a launch of three and one of two.
+@pytest.mark.parametrize(("count", "guard"), [(2, "skip"), (3, "skip"), (5, "propagate")])
 @pytest.mark.parametrize(("ema", "online", "precision"), PRECISIONS, ids=str)
 def test_several_are_averaged_as_each_is(
     count: int,
