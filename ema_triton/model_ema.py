@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ema_triton import arguments, distance
-from ema_triton.checkpoint import interop, state_dict
+from ema_triton.checkpoint import copy_to, interop, state_dict
 from ema_triton.checkpoint.state_dict import SavedState, build, read_weights, scatter_state
 from ema_triton.distributed import collectives
 from ema_triton.following import Following
@@ -257,7 +257,7 @@ class ModelEMA:
         """
         with self._lock, DeferSigint(), torch.no_grad():
             self._planner.outside_swap(self._swap, "copy_to()")
-            state_dict.copy_to(self._state, self.model, model)
+            copy_to.copy_to(self._state, self.model, model)
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
         """A context in which the online model has the EMA's weights and buffers, to be evaluated.

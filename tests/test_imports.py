@@ -108,7 +108,7 @@ def test_imports_go_down_the_floors() -> None:
         {"state", "staleness", "checkpoint.interop"},
         {"plan", "checkpoint.state_dict"},
         {"ops.foreach_backend", "ops.triton_backend", "swap"},
-        {"arguments", "backend", "distance"},
+        {"arguments", "backend", "distance", "checkpoint.copy_to"},
         {"planner"},
         {"model_ema"},
         {"bank"},

@@ -10,18 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ema_triton.checkpoint import interop
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.modules import (
-    Slots,
-    check_model,
     clean_weights,
-    renew_caches,
-    slots_of,
-    unwrap,
-    with_caches,
 )
 from ema_triton.ops.precision import (
     PRECISIONS,
@@ -33,7 +27,6 @@ from ema_triton.ops.precision import (
 from ema_triton.pairing import (
     INTEGERS,
     REAL_DTYPE,
-    check_tensors,
     quoted,
     storage_ptr,
     unsupported,
@@ -160,7 +153,7 @@ class SavedState(NamedTuple):
         differing = self.differing(own, self._difference)
         nothing = bool(own) and len(missing) == len(own)
         names = [missing, unexpected] if self.strict or nothing else []
-        if text := _listed(*names, differing):
+        if text := listed(*names, differing):
             what = "does not fit this EMA model"
             remedy = "Load it into the EMA of a model like the one it was saved from"
             if nothing and not self.strict:
@@ -266,7 +259,7 @@ class SavedState(NamedTuple):
         return self._replace(weights=weights, residuals=residuals)
 
 
-def _listed(*kinds: list[str]) -> str:
+def listed(*kinds: list[str]) -> str:
     """The first five of each kind, and how many more there are."""
     listed = [one for kind in kinds for one in kind[:5]]
     more = sum(map(len, kinds)) - len(listed)
@@ -495,66 +488,3 @@ def restore(saved: SavedState, ema: EMAState) -> list[str]:
             )
         ema.schedule = saved.schedule
     return said
-
-
-def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
-    """Copy what an EMA shows, parameters and persistent buffers, into a model's tensors.
-
-    Args:
-        ema: The EMA's state.
-        online: Its online model, which has what the EMA does not hold.
-        model: The model to write; perhaps the online model itself.
-
-    Raises:
-        ValueError: Names, shapes or kinds of tensors differ. Nothing was written.
-        TypeError, NotImplementedError: A tensor of the model is of a kind that cannot be written.
-    """
-    check_model(model)
-    model, weights = unwrap(model), ema.tensors()
-    slots = {
-        name: slot
-        for name, slot in slots_of(model).items()
-        if slot.persistent and (model is not online or name in weights)
-    }
-    check_tensors(slots)
-    targets = _tensors(slots)
-    if model is not online:
-        weights = _tensors(slots_of(online)) | weights
-    saved = SavedState(weights, {})
-    first = {id(target): name for name, target in reversed(targets.items())}
-    tied = {name: first[id(target)] for name, target in targets.items()}
-
-    def compare(name: str, target: Tensor) -> str | None:
-        one, other = (dtensor.local_part(weights.get(of)) for of in (name, tied[name]))
-        ties = other is not None and storage_ptr(one) != storage_ptr(other)
-        if ties and not torch.equal(one, other):
-            return f"is tied to '{tied[name]}', but has other values in the EMA"
-        return saved.difference_to_write(name, target)
-
-    text = _listed(
-        [f"'{name}' is not in the EMA" for name in saved.missing(targets)],
-        [f"'{name}' is not in the model" for name in saved.unexpected(targets)],
-        saved.differing(targets, compare),
-    )
-    if text:
-        raise ValueError(
-            f"The EMA does not fit the model given to copy_to(): {text}. Nothing was copied. Give "
-            "a model like the online one, sharded likewise if that is. (Of a sharded EMA, "
-            "state_dict(full_state_dict=True)['weights'] has whole tensors on rank 0, for any "
-            "model's load_state_dict.)"
-        )
-    for name, target in targets.items():
-        dtensor.local_part(target).copy_(saved.value(name, target))
-    # A write to its part is not seen by the counter of a DTensor.
-    torch.autograd.graph.increment_version([*filter(dtensor.is_sharded, targets.values())])
-    torch.clear_autocast_cache()
-    renew_caches(with_caches(model))
-
-
-def _tensors(slots: Slots) -> dict[str, Tensor]:
-    """The parameters and persistent buffers there by name."""
-    return {
-        name: whole
-        for name, slot in slots.items()
-        if slot.persistent and (whole := slot.whole()) is not None
-    }
