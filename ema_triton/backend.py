@@ -82,7 +82,7 @@ def _take_triton(plan: Plan) -> list[str]:
                 f"torch._foreach_lerp_ averages {len(launch.names)} tensor(s) such as "
                 f"'{launch.names[0]}': {reason}"
             )
-    for alike in plan.alike:
-        if alike[0].backend is triton_backend:
-            triton_backend.prepare_several(alike)
+    for group in plan.launch_groups:
+        if group[0].backend is triton_backend:
+            triton_backend.prepare_several(group)
     return left

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -163,7 +162,7 @@ class EMABank(Mapping[str, ModelEMA]):
         with self._lock, torch.no_grad():
             plan, online = self._planner.outside_swap(self._swap, "update()")
             for number, average in enumerate(self.values()):
-                launches = [launch for launch in plan.launches if launch.average == number]
+                launches = [launch for launch in plan.launches if launch.state_number == number]
                 average._check_fits(momenta[number], launches)
             self._planner.update(plan, online, *momenta)
 
@@ -238,12 +237,7 @@ class EMABank(Mapping[str, ModelEMA]):
         """Without what follows an optimizer, which a copy does not."""
         return {**self.__dict__, "_following": None, "_lock": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EMABank:
-        """Copy it as a whole, while no other thread updates."""
-        with self._lock:
-            twin = memo[id(self)] = type(self).__new__(type(self))
-            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-            return twin
+    __deepcopy__ = ModelEMA.__deepcopy__  # under the lock, by the two methods beside it
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())

@@ -446,8 +446,8 @@ class ModelEMA:
 
         Args:
             state: The state.
-            full_state_dict: Whether rank 0 alone has it, with whole tensors; what the other ranks
-                give, who all have to call this, is not looked at.
+            full_state_dict: Whether rank 0 alone has it, with whole tensors. All ranks have to call
+                this; the state given on ranks other than 0 is ignored.
             strict: Whether names must match. If not, what the state has is loaded and the rest
                 stays, residuals too; a warning names it, and what this EMA does not have.
 

@@ -52,7 +52,7 @@ class Launch:
             memory, where dense. Each shares its tensor's storage and so keeps it alive: nothing
             else can appear at that address.
         targets: The EMA tensors' elements, likewise.
-        average: Whose EMA it is, by its number among the plan's.
+        state_number: Of the EMA that it updates, among the plan's states.
         backend: Which runs it; `backend.choose` says.
     """
 
@@ -63,12 +63,12 @@ class Launch:
     scale: float | None
     sources: list[Tensor]
     targets: list[Tensor]
-    average: int = 0
+    state_number: int = 0
     backend: Backend = field(init=False)
 
     @classmethod
     def of(
-        cls, bucket: Bucket, members: list[int], pairs: Sequence[Pair], average: int = 0
+        cls, bucket: Bucket, members: list[int], pairs: Sequence[Pair], state_number: int = 0
     ) -> Launch:
         """For pairs that are alike in all that a launch has in common."""
         sources = [as_real(pair.online) for pair in pairs]
@@ -80,7 +80,7 @@ class Launch:
                 for tensors in (sources, targets)
             )
         dtype = REAL_DTYPE[pairs[0].online.dtype]
-        return cls(bucket, members, dtype, dense, pairs[0].scale, sources, targets, average)
+        return cls(bucket, members, dtype, dense, pairs[0].scale, sources, targets, state_number)
 
     @property
     def kind(self) -> Kind:
@@ -184,12 +184,12 @@ class Plan:
         # Each update that rounds by chance draws by its number.
         for random_state in self.random_states:
             random_state[1:].add_(1)
-        for launches in self.alike:
+        for launches in self.launch_groups:
             first = launches[0]
             if len(launches) == 1:
-                first.backend.update(first, momenta[first.average])
+                first.backend.update(first, momenta[first.state_number])
             else:
-                given = [momenta[launch.average] for launch in launches]
+                given = [momenta[launch.state_number] for launch in launches]
                 first.backend.update_several(launches, given)
         self.wrote()
 
@@ -204,7 +204,7 @@ class Plan:
             renew_caches(self.ema_caches)
 
     @cached_property
-    def alike(self) -> list[list[Launch]]:
+    def launch_groups(self) -> list[list[Launch]]:
         """The launches, those together that differ in nothing but whose EMA they are."""
         found: dict[Hashable, list[Launch]] = {}
         for launch in self.launches:
@@ -254,7 +254,7 @@ def make_plan(states: Sequence[EMAState], pairs: Sequence[Pairs], model: nn.Modu
     )
 
 
-def launches_of(state: EMAState, averaged: Sequence[Pair], average: int = 0) -> list[Launch]:
+def launches_of(state: EMAState, averaged: Sequence[Pair], state_number: int = 0) -> list[Launch]:
     """As few as there can be: each has one bucket, online dtype, density and momentum factor."""
     by_name = {pair.name: pair for pair in averaged}
     found = []
@@ -267,5 +267,5 @@ def launches_of(state: EMAState, averaged: Sequence[Pair], average: int = 0) -> 
                 alike.setdefault(key, []).append(index)
         for members in alike.values():
             pairs = [by_name[bucket.names[index]] for index in members]
-            found.append(Launch.of(bucket, members, pairs, average))
+            found.append(Launch.of(bucket, members, pairs, state_number))
     return found

@@ -1,11 +1,12 @@
 """`python -m bench run --averages`: bytes, ratios, and what it times is the same to the bit."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import averages
+from bench import averages, run
 from bench.measure import Stopwatch
 from bench.models import MODELS
 from bench.results import Spread
@@ -56,3 +57,11 @@ def test_averages_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     stopwatch = Stopwatch(torch.device("cpu"), 1024)
     with pytest.raises(AssertionError, match=r"^the average of momentum 0.0001 differs$"):
         averages.measured(SMALL, CASES["fp32<-fp32"], 2, stopwatch, rounds=1, seconds=0.0)
+
+
+def test_run_hands_over(capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"models": "1000x64", "device": "cpu", "peers": None, "quick": True, "out": None}
+    run.main(SimpleNamespace(**given, minutes=None, resume=False, averages="1"))
+    printed = capsys.readouterr().out
+    assert [printed.count(case) for case in ("fp32<-bf16", "bf16<-bf16 stochastic")] == [1, 1]
+    assert "What the jobs should take" not in printed  # nothing else is measured

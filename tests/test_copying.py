@@ -293,3 +293,15 @@ def with_shards() -> None:
 @pytest.mark.distributed
 def test_a_sharded_model_is_not_copied_so_that_nothing_is_refused() -> None:
     ranks.run(2, with_shards)
+
+
+def test_plain_attributes_stay_as_they_were_copied() -> None:
+    model = nn.Linear(2, 1)
+    model.alpha, model.table = 0.5, torch.zeros(3)
+    ema = ModelEMA(model)
+    model.alpha = 2.0
+    model.table += 1
+    ema.update(0.5)
+    assert ema.ema_model.alpha == 0.5
+    assert ema.ema_model.table.tolist() == [0, 0, 0]
+    assert ema.state_dict()["weights"].keys() == {"weight", "bias"}

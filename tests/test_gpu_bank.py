@@ -25,6 +25,11 @@ def written(ema: ModelEMA) -> list[Tensor]:
     return [tensor.view(torch.uint8) for pair in tensors for tensor in pair if tensor is not None]
 
 
+def update_each(singles: list[ModelEMA]) -> None:
+    for momentum, single in zip(MOMENTA, singles, strict=False):
+        single.update(momentum)
+
+
 def assert_equal(bank: EMABank, singles: list[ModelEMA]) -> None:
     for average, single in zip(bank.values(), singles, strict=True):
         for one, other in zip(written(average), written(single), strict=True):
@@ -52,8 +57,7 @@ def test_averages_at_once_equal_one_by_one(
     for _ in range(3):
         shake(model)
         bank.update()
-        for momentum, single in zip(MOMENTA, singles, strict=False):
-            single.update(momentum)
+        update_each(singles)
         assert_equal(bank, singles)
 
 
@@ -83,14 +87,12 @@ def test_a_captured_graph_updates_all_of_them() -> None:
     model = network()
     bank, singles = bank_and_singles(model, 3)
     bank.update()
-    for momentum, single in zip(MOMENTA, singles, strict=False):
-        single.update(momentum)
+    update_each(singles)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         bank.update()
     for _ in range(2):
         shake(model)
         graph.replay()
-        for momentum, single in zip(MOMENTA, singles, strict=False):
-            single.update(momentum)
+        update_each(singles)
     assert_equal(bank, singles)

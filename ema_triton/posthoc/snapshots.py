@@ -92,8 +92,8 @@ class Snapshots:
     def record(self, ema: ModelEMA | EMABank) -> None:
         """Log what happens to the averages from now on: call it before the first update.
 
-        `save` calls it too. Where updates were made before, the schedules' momenta are taken for
-        theirs, and the log is inexact; not if the folder or `load_state_dict` has their log.
+        `save` calls it too. Updates made before this call are logged with their schedules' momenta,
+        and the log is inexact, unless the folder's log or `load_state_dict` has those updates.
 
         Args:
             ema: Of a handler, its `ema`.
