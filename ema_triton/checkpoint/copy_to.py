@@ -44,7 +44,7 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
         ties = other is not None and storage_ptr(one) != storage_ptr(other)
         if ties and not torch.equal(one, other):
             return f"is tied to '{tied[name]}', but has other values in the EMA"
-        return saved.difference_to_write(name, target)
+        return _difference(saved, name, target)
 
     text = listed(
         [f"'{name}' is not in the EMA" for name in saved.missing(targets)],
@@ -64,6 +64,23 @@ def copy_to(ema: EMAState, online: nn.Module, model: nn.Module) -> None:
     torch.autograd.graph.increment_version([*filter(dtensor.is_sharded, targets.values())])
     torch.clear_autocast_cache()
     renew_caches(with_caches(model))
+
+
+def _difference(saved: SavedState, name: str, target: Tensor) -> str | None:
+    """Why this weight cannot be written into a model's tensor, if so."""
+    if difference := saved.difference(name, target):
+        return difference
+    weight, part = saved.weights[name], dtensor.local_part(target)
+    if dtensor.is_sharded(weight) and dtensor.sharding(weight) != dtensor.sharding(target):
+        kinds = dtensor.describe(weight), dtensor.describe(target)
+        return f"is {kinds[0]} in the EMA but {kinds[1]} in the model"
+    if not torch.can_cast(weight.dtype, target.dtype):
+        return f"is {weight.dtype} in the state but {target.dtype} here"
+    if torch._debug_has_internal_overlap(part) == 1:
+        return "cannot be written in place: several of its elements share one place in memory"
+    if part.is_inference():
+        return "cannot be written in place: it was made in inference mode"
+    return None
 
 
 def _tensors(slots: Slots) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ class SavedState(NamedTuple):
         """
         missing = [f"'{name}' is missing" for name in self.missing(own)]
         unexpected = [f"'{name}' is unexpected" for name in self.unexpected(own)]
-        differing = self.differing(own, self._difference)
+        differing = self.differing(own, self.difference)
         nothing = bool(own) and len(missing) == len(own)
         names = [missing, unexpected] if self.strict or nothing else []
         if text := listed(*names, differing):
@@ -168,7 +168,8 @@ class SavedState(NamedTuple):
             if name in self.weights.keys() & own.keys()
             and dtensor.shard_like(value, own[name]) is None
         }
-        for name, value in others.items():
+        if others:
+            name, value = next(iter(others.items()))
             raise ValueError(
                 f"The state does not have this rank's part of {quoted([*others])}: in the state "
                 f"'{name}' is {dtensor.describe_part(value)}; here it is "
@@ -193,7 +194,7 @@ class SavedState(NamedTuple):
         common = ((name, tensor) for name, tensor in own.items() if name in self.weights)
         return [f"'{name}' {text}" for name, tensor in common if (text := compare(name, tensor))]
 
-    def _difference(self, name: str, own: Tensor) -> str | None:
+    def difference(self, name: str, own: Tensor) -> str | None:
         """Why this weight and its residual cannot be loaded into an EMA's tensor, if so."""
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
@@ -215,22 +216,6 @@ class SavedState(NamedTuple):
                 or residual.shape != real.shape
             ):
                 return f"has a residual that is not one of {weight.dtype} of its shape"
-        return None
-
-    def difference_to_write(self, name: str, target: Tensor) -> str | None:
-        """Why this weight cannot be written into another model's tensor, if so."""
-        weight, part = self.weights[name], dtensor.local_part(target)
-        if difference := self._difference(name, target):
-            return difference
-        if dtensor.is_sharded(weight) and dtensor.sharding(weight) != dtensor.sharding(target):
-            kinds = dtensor.describe(weight), dtensor.describe(target)
-            return f"is {kinds[0]} in the EMA but {kinds[1]} in the model"
-        if not torch.can_cast(weight.dtype, target.dtype):
-            return f"is {weight.dtype} in the state but {target.dtype} here"
-        if torch._debug_has_internal_overlap(part) == 1:
-            return "cannot be written in place: several of its elements share one place in memory"
-        if part.is_inference():
-            return "cannot be written in place: it was made in inference mode"
         return None
 
     def value(self, name: str, own: Tensor) -> Tensor:
@@ -261,9 +246,9 @@ class SavedState(NamedTuple):
 
 def listed(*kinds: list[str]) -> str:
     """The first five of each kind, and how many more there are."""
-    listed = [one for kind in kinds for one in kind[:5]]
-    more = sum(map(len, kinds)) - len(listed)
-    return ", ".join(listed) + (f" and {more} more" if more else "")
+    shown = [one for kind in kinds for one in kind[:5]]
+    more = sum(map(len, kinds)) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _parse_count(value: object) -> int:
