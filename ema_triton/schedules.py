@@ -398,7 +398,9 @@ class PowerFunction(_Schedule):
     @property
     def sigma_rel(self) -> float:
         """The profile's standard deviation as a fraction of the training."""
-        return math.sqrt((self.gamma + 1) / (self.gamma + 3)) / (self.gamma + 2)
+        # Rounding may put a gamma just above 0 beyond the widest, which `sigma_rel=` would refuse.
+        sigma = math.sqrt((self.gamma + 1) / (self.gamma + 3)) / (self.gamma + 2)
+        return min(sigma, 12**-0.5)
 
     def _momentum(self, update_index: int) -> float:
         if update_index == 1:

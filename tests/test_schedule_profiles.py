@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ema_triton.schedules import Constant, EqualAverage, HalfLifeFraction, PowerFunction
@@ -62,6 +62,7 @@ def test_gamma_and_sigma_rel_are_those_of_the_paper(sigma_rel: float, gamma: flo
 
 
 @given(st.floats(0.0, 1e6))
+@example(2.0**-52)  # its width is rounded to more than 1 / sqrt(12)
 def test_gamma_is_found_from_sigma_rel(gamma: float) -> None:
     # sigma_rel is rounded by a few U; gamma is 3 times as sensitive near 0, in the absolute.
     found = PowerFunction(sigma_rel=PowerFunction(gamma=gamma).sigma_rel).gamma
