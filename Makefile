@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 # Exits with a message where $(PYTHON) is too old; runs in any Python, so that it can say so.
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
 
-.PHONY: help demo test ptx bench lint gpu gpu-memcheck clean
+.PHONY: help demo test integrations ptx bench lint gpu gpu-memcheck clean
 help:
 	@echo "make demo    train a small net with EMA on handwritten digits"
 	@echo "make test    run the tests"
+	@echo "make integrations   run all tests with Lightning, transformers, accelerate, diffusers and timm"
 	@echo "make ptx     run the compiled kernels on the CPU, for every GPU"
 	@echo "make bench   time one EMA update beside its rivals (some 15 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
@@ -18,10 +19,13 @@ help:
 	@echo "make gpu-memcheck   the same for compute-sanitizer's memcheck of every kernel"
 	@echo "make clean   remove the environment and all outputs"
 
+# timm needs torchvision, whose compiled part does not load beside a CPU build of torch. In the
+# environment it would break transformers and Lightning, which import it if it is there.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/timm --upgrade timm torchvision
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -29,6 +33,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
+
+integrations: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "not every_target" tests/integrations
 
 ptx: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "" tests/ptx
@@ -51,5 +58,5 @@ gpu-memcheck:
 	$(PYTHON) -m pytest -m memcheck -v -ra tests/test_gpu_memory.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run fsdp2_run posthoc_run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run fsdp2_run posthoc_run site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +
