@@ -17,7 +17,29 @@ Progress = Callable[[int, int], object]
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command `snapshots`."""
-    parser.add_argument("folder", metavar="FOLDER", help="where a training saves its snapshots")
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="where a training saves its snapshots")
+    add(
+        "--ema-pytorch",
+        metavar="S,S,...",
+        type=numbers,
+        help="where ema-pytorch's PostHocEMA with these sigma_rels saves its checkpoints",
+    )
+    add(
+        "--update-every",
+        type=int,
+        default=100,
+        metavar="N",
+        help="PostHocEMA's (default: 100, which is its own)",
+    )
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of an argument."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from error
 
 
 def describe(arguments: argparse.Namespace, _: Progress) -> str:
@@ -27,7 +49,7 @@ def describe(arguments: argparse.Namespace, _: Progress) -> str:
 
     python -m ema_triton snapshots run/snapshots
     """
-    return repr(_existing(arguments.folder))
+    return repr(_existing(arguments))
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +84,7 @@ def rebuild(arguments: argparse.Namespace, _: Progress) -> str:
     python -m ema_triton reconstruct run/snapshots --sigma-rel 0.07 --out ema.safetensors
     """
     target = PowerFunction(sigma_rel=arguments.sigma_rel, gamma=arguments.gamma)
-    snapshots = _existing(arguments.folder)
+    snapshots = _existing(arguments)
     given = {"at": arguments.at, "approximate": arguments.approximate}
     result = snapshots.reconstruct(target, **given)
     more = {"reconstructed_from": json.dumps({"target": str(target), **result.coefficients})}
@@ -80,10 +102,14 @@ def rebuild(arguments: argparse.Namespace, _: Progress) -> str:
     return "\n".join(lines)
 
 
-def _existing(folder: str) -> Snapshots:
+def _existing(arguments: argparse.Namespace) -> Snapshots:
+    folder = arguments.folder
     if not os.path.isdir(folder):
         raise OSError(
             f"There is no folder '{folder}'. Give the one in which a training saves its snapshots: "
             "Snapshots(folder).save(ema)."
         )
+    if arguments.ema_pytorch:
+        schedules = [PowerFunction(sigma_rel=sigma) for sigma in arguments.ema_pytorch]
+        return Snapshots.from_ema_pytorch(folder, schedules, update_every=arguments.update_every)
     return Snapshots(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ema_triton.checkpoint.interop import import_safetensors
+from ema_triton.checkpoint.interop import import_safetensors, read_file
 from ema_triton.posthoc.log import Log
 from ema_triton.posthoc.profiles import Solution, gram, solve, spacing_needed
 from ema_triton.schedules import Schedule, check_schedule
@@ -185,12 +185,13 @@ def add_up(folder: Path, systems: Systems) -> list[Reconstruction]:
     entries, shown = systems.entries, systems.shown.solutions
     last = ([one for one in entries if one["update_index"] <= systems.at] or entries)[-1]
     weights: list[dict[str, Tensor]] = [{} for _ in shown]
-    with _opened(folder, last) as file:
-        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in [*file.keys()]}
-        for name in shapes.keys() - last["factors"].keys():
-            for result in weights:
-                result[name] = file.get_tensor(name).clone()
-    groups = [*_grouped({name: shapes[name] for name in last["factors"]})]
+    readers = [opened(folder, entry) for entry in entries]
+    read = opened(folder, last)()
+    shapes = {name: read(name).shape for name in last["factors"]}
+    for name in last["copied"]:
+        for result in weights:
+            result[name] = read(name).clone()
+    groups = [*_grouped(shapes)]
     # All memory is allocated here: freed piece by piece between the results, malloc would keep it.
     for name in last["factors"]:
         for result in weights:
@@ -202,15 +203,15 @@ def add_up(folder: Path, systems: Systems) -> list[Reconstruction]:
         parts: list[Sequence[Tensor]] = [
             torch.split(total[: sum(lengths)].zero_(), lengths) for total in sums
         ]
-        for number, entry in enumerate(entries):
-            with _opened(folder, entry) as file:
-                for place, name in enumerate(names):
-                    value = scratch[: lengths[place]].view(shapes[name])
-                    value.copy_(_read(file, folder / entry["file"], name, shapes[name]))
-                    solutions = systems.by_factor[last["factors"][name]].solutions
-                    for part, solution in zip(parts, solutions, strict=True):
-                        coefficient = float(solution.coefficients[number])
-                        part[place].add_(value.view(-1), alpha=coefficient)
+        for number, (entry, reader) in enumerate(zip(entries, readers, strict=True)):
+            read = reader()
+            for place, name in enumerate(names):
+                value = scratch[: lengths[place]].view(shapes[name])
+                value.copy_(_checked(read, folder / entry["file"], name, shapes[name]))
+                solutions = systems.by_factor[last["factors"][name]].solutions
+                for part, solution in zip(parts, solutions, strict=True):
+                    coefficient = float(solution.coefficients[number])
+                    part[place].add_(value.view(-1), alpha=coefficient)
         for result, part in zip(weights, parts, strict=True):
             for name, total in zip(names, part, strict=True):
                 result[name].view(-1).copy_(total)
@@ -235,15 +236,27 @@ def add_up(folder: Path, systems: Systems) -> list[Reconstruction]:
     return results
 
 
-def _opened(folder: Path, entry: Mapping[str, Any]) -> Any:  # noqa: ANN401  # it has no types
-    return import_safetensors().safe_open(folder / entry["file"], framework="pt")
+def opened(folder: Path, entry: Mapping[str, Any]) -> Callable[[], Callable[[str], Tensor]]:
+    """What opens a snapshot's file, and gives a function that reads a tensor of it by name.
+
+    Mapped files take memory while they are open. One of torch.save takes long to open, and stays.
+    """
+    path, prefix = folder / entry["file"], entry.get("prefix")
+    if prefix is None:
+        return lambda: import_safetensors().safe_open(path, framework="pt").get_tensor
+    tensors: Any = read_file(path, mapped=True)
+    return lambda: lambda name: tensors[prefix + name]
 
 
-def _read(file: Any, path: Path, name: str, shape: torch.Size) -> Tensor:  # noqa: ANN401
+def _checked(read: Callable[[str], Tensor], path: Path, name: str, shape: torch.Size) -> Tensor:
     try:
-        value: Tensor = file.get_tensor(name)
+        value = read(name)
         if value.shape != shape:
             raise ValueError(f"shape {[*value.shape]}, but {[*shape]} in the last snapshot")
+        if not bool(value.isfinite().all()):
+            kind = str(value.dtype).removeprefix("torch.")
+            largest = f", as {kind} has for values above {torch.finfo(value.dtype).max:g}"
+            raise ValueError(f"it has Inf or NaN{largest}")
     except Exception as error:
         raise ValueError(
             f"'{name}' cannot be read from '{os.fspath(path)}' ({type(error).__name__}: {error}). "

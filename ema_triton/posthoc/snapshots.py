@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ema_triton.bank import EMABank
-from ema_triton.checkpoint.interop import import_safetensors, write_safetensors
+from ema_triton.checkpoint.interop import import_safetensors, read_file, write_safetensors
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.model_ema import ModelEMA
 from ema_triton.modules import are_sharded
@@ -25,12 +26,14 @@ from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual
 from ema_triton.pairing import memory_key, quoted
 from ema_triton.posthoc.log import ALL, Log
 from ema_triton.posthoc.reconstruct import Reconstruction, Systems, add_up, solve_for
-from ema_triton.schedules import Schedule
+from ema_triton.schedules import PowerFunction, Schedule, check_count
+from ema_triton.selection import Selection
 
 T = TypeVar("T")
 Entry = dict[str, Any]  # what the log says of a file
 
 LOG, NEW, KEY = "log.json", ".new", "snapshot"
+EMA = "ema_model."  # what the names begin with in ema-pytorch's files
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,6 +86,73 @@ class Snapshots:
         self._log = Log()
         if (self.folder / LOG).exists():
             self._log = Log.from_text((self.folder / LOG).read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_ema_pytorch(
+        cls,
+        folder: str | os.PathLike[str],
+        schedules: Sequence[PowerFunction],
+        *,
+        update_every: int = 100,
+        exclude: str | Sequence[str] = (),
+    ) -> Snapshots:
+        """The checkpoints of ema-pytorch's `PostHocEMA`, to reconstruct from them.
+
+        The files do not say which averages they are of: give what `PostHocEMA` was given. An update
+        index counts its updates: after n of its steps it is (n - 1) // update_every + 1.
+
+        Args:
+            folder: Its `checkpoint_folder`.
+            schedules: Those of its `sigma_rels` or `gammas`, in its order.
+            update_every: Its argument; not passed on to it, it was 100.
+            exclude: Patterns of names, as of `ModelEMA`, of its `param_or_buffer_names_no_ema`.
+
+        Raises:
+            ValueError: There are files of other averages, or without an average's weights.
+
+        Example:
+            >>> pair = [PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.28)]
+            >>> snapshots = Snapshots.from_ema_pytorch(
+            ...     "post-hoc-ema-checkpoints", pair, update_every=10
+            ... )  # doctest: +SKIP
+        """
+        every, snapshots = check_count("update_every", update_every), cls(folder)
+        matches = [re.fullmatch(r"(\d+)\.(\d+)\.pt", path.name) for path in Path(folder).glob("*")]
+        files = sorted((int(one[2]), int(one[1]), one[0]) for one in matches if one)
+        numbers = sorted({number for _, number, _ in files})
+        if numbers != [*range(len(schedules))]:
+            raise ValueError(
+                f"'{folder}' has files of the averages {', '.join(map(str, numbers)) or 'none'}, "
+                f"by their names, <average>.<step>.pt, but {len(schedules)} schedules were given. "
+                "Which momenta the averages had is not in the files: give the schedules of all of "
+                "PostHocEMA's sigma_rels or gammas, in their order."
+            )
+        last = files[-1][-1]
+        saved: Any = read_file(Path(folder) / last, mapped=True)
+        names = [name[len(EMA) :] for name in saved if str(name).startswith(EMA)]
+        if not names:
+            raise ValueError(f"'{last}' in '{folder}' has no tensor named {EMA}*, as PostHocEMA's.")
+        selection = Selection.of(None, exclude, None)
+        selection.check(names, names)
+        averaged = [name for name in names if selection.scale([name]) is not None]
+        of_all = {
+            "dtype": str(saved[EMA + names[0]].dtype).removeprefix("torch."),
+            "prefix": EMA,
+            "factors": dict.fromkeys(averaged, 1.0),
+            "copied": [name for name in names if name not in averaged],
+            "complex": [],
+            "ties": {},
+        }
+        log = snapshots._log = Log([f"{schedule.sigma_rel:.3g}" for schedule in schedules])
+        for step in range(1, files[-1][0] + 1, every):
+            # Before the first update KarrasEMA copies the online weights.
+            decays = ((1 - 1 / (step + 1)) ** (1 + schedule.gamma) for schedule in schedules)
+            log.momenta.extend(1.0 if step == 1 else 1 - decay for decay in decays)
+        for step, number, file in files:
+            updates = -(-step // every)
+            at = {"file": file, "average": number, "update_index": updates, "events": updates}
+            log.snapshots.append({**at, **of_all})
+        return snapshots
 
     @property
     def averages(self) -> list[str]:
@@ -217,6 +287,7 @@ class Snapshots:
         described = {
             "token": entry["token"],
             "factors": factors,
+            "copied": [name for name in tensors if name not in factors],
             "complex": [name for name in factors if state["weights"][name].is_complex()],
             "ties": ties,
         }
@@ -259,7 +330,9 @@ class Snapshots:
         safetensors, found = import_safetensors(), []
         for entry in sorted(self._log.snapshots, key=lambda one: (one["events"], one["average"])):
             path = self.folder / entry["file"]
-            if path.exists():
+            if path.exists() and "factors" in entry:
+                found.append({**entry, "size": path.stat().st_size})
+            elif path.exists():
                 with safetensors.safe_open(path, framework="pt") as file:
                     described = json.loads((file.metadata() or {}).get(KEY, "{}"))
                 if described.get("token") == entry["token"]:
