@@ -117,7 +117,6 @@ def test_imports_go_down_the_floors() -> None:
         {"posthoc.reconstruct"},
         {"posthoc.snapshots"},
         {"posthoc.plot"},
-        {"posthoc.commands"},
         {"posthoc.__main__"},
         {"__main__"},
         {"handler", "integrations.lightning", "integrations.timm", "integrations.transformers"},

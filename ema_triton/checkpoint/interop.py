@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ema_triton.modules import clean_weights
-from ema_triton.pairing import INTEGERS, memory_key, quoted, storage_ptr, unsupported
+from ema_triton.pairing import INTEGERS, memory_key, quoted, unsupported
 
 PLAIN = "a module's state dict"
 DIFFUSERS = "diffusers' EMAModel"
@@ -182,10 +182,14 @@ def _count(value: object) -> int | None:
 def write_safetensors(
     path: str | os.PathLike[str],
     weights: Mapping[str, Tensor],
-    update_index: int,
+    update_index: int | None = None,
     more: Mapping[str, str] | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a safetensors file, which replaces an old one only once it is complete.
+
+    One tensor at a time is in the CPU's memory. (safetensors' own writer takes all of them: for
+    70 B parameters in bf16 140 GB. The format is a length, a JSON header and the tensors' bytes.)
 
     Args:
         path: The file; its folder exists.
@@ -194,6 +198,8 @@ def write_safetensors(
             `save_model` does.
         update_index: The number of updates made, for the metadata.
         more: What else the metadata is to have.
+        read: Called for each tensor when it is written, where `weights` has none with values, but
+            some of its shape and dtype on the meta device.
 
     Raises:
         ValueError: A tensor is of a kind that safetensors cannot hold. Nothing was written.
@@ -208,43 +214,54 @@ def write_safetensors(
     """
     safetensors = import_safetensors()
     metadata = {"format": "pt", "update_index": str(update_index), **(more or {})}
-    tensors: dict[str, Tensor] = {}
-    written: dict[object, str] = {}  # names by memory
-    storages: set[int] = set()
+    if update_index is None:
+        del metadata["update_index"]
+    kinds: dict[str, str] = {}  # as safetensors calls the dtypes
+    first_names: dict[object, str] = {}  # by memory
     for name in sorted(weights):
         tensor = weights[name]
-        try:
+        with _writable(name):
             # An empty tensor shows whether its kind can be held.
-            safetensors.torch.save({name: tensor.new_empty(0)})
-            first = written.setdefault(memory_key(tensor), name) if tensor.numel() else name
-            if first != name and name not in metadata:
-                metadata[name] = first
-                continue
-            tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        except Exception as error:
-            raise ValueError(
-                f"'{name}' cannot be written as safetensors ({type(error).__name__}: {error}). "
-                "Nothing was written. Leave it out or convert it, or save the whole with "
-                "torch.save."
-            ) from error
-        # safetensors refuses to write one storage twice.
-        tensors[name] = tensor.clone() if storage_ptr(tensor) in storages else tensor
-        storages.add(storage_ptr(tensor))
-    with replacing(path) as new:
-        safetensors.torch.save_file(tensors, new, metadata)
+            empty = tensor.new_empty(0, device=None if read is None else "cpu")
+            kind = json.loads(safetensors.torch.save({name: empty})[8:])[name]["dtype"]
+            has_memory = tensor.numel() and not tensor.is_meta
+            first = first_names.setdefault(memory_key(tensor), name) if has_memory else name
+        if first != name and name not in metadata:
+            metadata[name] = first
+        else:
+            kinds[name] = kind
+    # As safetensors does: the largest elements come first, so that all are aligned.
+    names, end = sorted(kinds, key=lambda name: (-weights[name].itemsize, name)), 0
+    header: dict[str, object] = {"__metadata__": metadata}
+    for name in names:
+        shape, begin = [*weights[name].shape], end
+        end += weights[name].nbytes
+        header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as new, open(new, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(_bytes_of(name, (read or weights.__getitem__)(name)))
 
 
-def safetensors_dtype(name: str, dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype; ValueError with the tensor's name if it has none."""
+def _bytes_of(name: str, tensor: Tensor) -> memoryview:
+    with _writable(name):
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # whatever stride a size of 1 had
+        return flat.view(torch.uint8).numpy().data
+
+
+@contextmanager
+def _writable(name: str) -> Iterator[None]:
+    """Raise ValueError, with the tensor's name, for whatever is raised where it is converted."""
     try:
-        written = import_safetensors().torch.save({"": torch.empty(0, dtype=dtype)})
-        kind: str = json.loads(written[8:])[""]["dtype"]
-    except (KeyError, ValueError) as error:
+        yield
+    except Exception as error:
         raise ValueError(
-            f"'{name}' is {dtype}, which safetensors cannot hold. Nothing was written. Convert it "
-            "or leave it out of the checkpoints."
+            f"'{name}' cannot be written as safetensors ({type(error).__name__}: {error}). "
+            "Nothing was written. Leave it out or convert it, or save the whole with torch.save."
         ) from error
-    return kind
 
 
 @contextmanager

@@ -1,17 +1,22 @@
-"""Checkpoints that are read tensor by tensor, and a safetensors file that is written so."""
+"""Checkpoints that are read tensor by tensor, and sums of them."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ema_triton.checkpoint import interop
-from ema_triton.pairing import unsupported
+from ema_triton.ops.precision import as_real, narrow_once, pieces
+from ema_triton.pairing import quoted, unsupported
+
+T = TypeVar("T")
+
+# Elements that are converted at a time: temporaries do not grow with the tensors.
+PIECE = 1 << 20
 
 
 class Checkpoint(NamedTuple):
@@ -55,18 +60,14 @@ def _choose(
     for place, name, tensor in found:
         places.setdefault(place, {})[name] = tensor
     if key is None and len(places) == 1:
-        return next(iter(places.values()))
-    if key in places:
-        return places[key]
-    most = sorted(places, key=lambda place: -len(places[place]))
-    listed = ", ".join(f"'{place}' ({len(places[place])})" for place in most[:5]) or "none"
-    more = f" and {len(most) - 5} more" if len(most) > 5 else ""
-    problem = "tensors at several keys" if key is None else f"no tensors at key '{key}'"
-    raise ValueError(
-        f"'{path}' has {problem if places else 'no tensors by name'}, so which are the weights is "
-        f"unknown. The keys with tensors by name, and how many: {listed}{more}. Choose one by key= "
-        "(on the command line --key)."
-    )
+        key = next(iter(places))
+    if key not in places:
+        most = sorted(places, key=lambda place: -len(places[place]))
+        raise ValueError(
+            f"'{path}' has tensors by name at the keys {quoted(most) or 'none'}, so which are the "
+            f"weights is unknown from key={key!r}. Choose one by key= (on the command line --key)."
+        )
+    return places[key]
 
 
 def _open_distributed(folder: str, key: str | None) -> Checkpoint:
@@ -102,28 +103,41 @@ def _open_distributed(folder: str, key: str | None) -> Checkpoint:
     return Checkpoint(folder, files, tensors, read)
 
 
-def write_by_tensor(
-    path: str | os.PathLike[str],
-    layout: Mapping[str, Tensor],
-    read: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
+def add_up(
+    readers: Iterable[Callable[[str], Tensor]],
+    coefficients: Mapping[str, Sequence[Sequence[float]]],
+    results: Sequence[Mapping[str, Tensor]],
 ) -> None:
-    """Write a safetensors file with one tensor at a time in memory, as `replacing` does.
+    """Write sums of coefficient times tensor, accumulated in fp64 and rounded once.
 
-    safetensors itself writes tensors that are all in memory at once: for 70 B parameters in bf16
-    these are 140 GB. The format is a length, a JSON header and the tensors' bytes.
+    Args:
+        readers: Of each checkpoint, what reads a tensor by name.
+        coefficients: For each name and result, one per checkpoint.
+        results: The tensors to write, by name.
     """
-    header: dict[str, object] = {"__metadata__": metadata}
-    # As safetensors does: the largest elements come first, so that all are aligned.
-    names, end = sorted(layout, key=lambda name: (-layout[name].itemsize, name)), 0
-    for name in names:
-        begin, end = end, end + layout[name].nbytes
-        kind = interop.safetensors_dtype(name, layout[name].dtype)
-        shape = [*layout[name].shape]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with interop.replacing(path) as new, open(new, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    sums = {
+        name: [torch.zeros_like(as_real(one[name]), dtype=torch.float64) for one in results]
+        for name in coefficients
+    }
+    for number, read in enumerate(readers):
+        for name, of_results in coefficients.items():
+            factors = [of_result[number] for of_result in of_results]
+            if any(factors):  # 0 times Inf is no number
+                value = as_real(read(name))
+                for total, factor in zip(sums[name], factors, strict=True):
+                    for part, values in pieces(total, value, size=PIECE):
+                        part.add_(values, alpha=factor)
+    for name, totals in sums.items():
+        for total, result in zip(totals, results, strict=True):
+            for part, values in pieces(total, as_real(result[name]), size=PIECE):
+                values.copy_(narrow_once(part, values.dtype))
+
+
+def with_progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The same, with tqdm's bar on a terminal, if it is installed."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return items
+    bar: Iterable[T] = tqdm(items, desc=what, disable=None)
+    return bar

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import warnings
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -16,40 +17,38 @@ from torch import Tensor
 from ema_triton.posthoc.profiles import momenta_of
 from ema_triton.schedules import Schedule, momentum_from
 
-VERSION = 1
+VERSION = 2
 ALL = -1  # an event of all averages
 
 
 class Log:
-    """The momenta of all updates, and between them what else wrote the averages.
+    """The momenta of all events: of updates, and of syncs and loads, which have 1 or 0.
 
     Attributes:
         averages: Their names.
-        momenta: Of the updates one by one, with a float64 for each average; NaN: unknown.
-        others: Syncs and loads as [number of updates before it, number of the average or `ALL`].
+        momenta: A float64 for each event and average; NaN: unknown.
+        others: The numbers of the events that are no updates.
         inexact: What this cannot tell, as [update index, reason].
         snapshots: Those that belong to it, as `Snapshots.save` describes them.
-        given_up: Those of another training, where one began anew.
     """
 
     def __init__(self, averages: Sequence[str] = ()) -> None:
         self.averages = [*averages]
         self.momenta = array("d")
-        self.others: list[list[int]] = []
+        self.others: list[int] = []
         self.inexact: list[tuple[int, str]] = []
         self.snapshots: list[dict[str, Any]] = []
-        self.given_up: list[dict[str, Any]] = []
         self._begun = False  # until the first event the EMA may be loading what this describes
 
     @property
-    def updates(self) -> int:
+    def events(self) -> int:
         """How many there are."""
         return len(self.momenta) // max(1, len(self.averages))
 
     @property
-    def events(self) -> int:
-        """Updates, syncs and loads."""
-        return self.updates + len(self.others)
+    def updates(self) -> int:
+        """How many of them are updates."""
+        return self.events - len(self.others)
 
     def record(
         self, average: int, kind: str, update_index: int, momenta: Sequence[float | Tensor] = ()
@@ -74,7 +73,8 @@ class Log:
         elif kind == "replaced":
             self.mark("tensors of the EMA were replaced by others, of unknown values")
         else:
-            self.others.append([self.updates, average])
+            self.others.append(self.events)
+            self.momenta.extend(float(average in (ALL, n)) for n in range(len(self.averages)))
 
     def mark(self, reason: str) -> None:
         """Say that from this update on the log is not all that happened."""
@@ -84,10 +84,17 @@ class Log:
     def align(self, update_index: int) -> None:
         """Go on from an update: forget those after it, and note those that were not recorded."""
         if update_index < self.updates:
-            if update_index == 0:
-                self.given_up += self.snapshots
-            del self.momenta[update_index * len(self.averages) :]
-            self.others = [other for other in self.others if other[0] <= update_index]
+            if update_index == 0 and self.snapshots:
+                warnings.warn(
+                    "The folder has snapshots of another training, up to update "
+                    f"{self.snapshots[-1]['update_index']}, and this one begins anew: they are "
+                    "given up, and files of the same names overwritten. Give Snapshots another "
+                    "folder to keep them.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            self.others = [at for n, at in enumerate(self.others) if at - n <= update_index]
+            del self.momenta[(update_index + len(self.others)) * len(self.averages) :]
             self.inexact = [known for known in self.inexact if known[0] <= update_index]
             self.snapshots = [one for one in self.snapshots if one["update_index"] <= update_index]
         elif update_index > self.updates:
@@ -100,10 +107,20 @@ class Log:
         """Put in the schedules' momenta where they are unknown."""
         if not self.inexact:
             return
-        for at, momentum in enumerate(self.momenta):
-            schedule = schedules[at % len(schedules)]
-            if math.isnan(momentum) and schedule is not None:
-                self.momenta[at] = momentum_from(schedule, at // len(schedules) + 1)
+        rows, happened, _ = self._events()
+        for event, average in rows.isnan().nonzero().tolist():
+            if schedule := schedules[average]:
+                momentum = momentum_from(schedule, int(happened[event]))
+                self.momenta[event * len(schedules) + average] = momentum
+
+    def _events(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Momenta, fp64 [events, averages]; of each event the updates up to it; is it an update."""
+        rows = torch.empty(0, dtype=torch.float64)
+        if self.momenta:
+            rows = torch.frombuffer(self.momenta, dtype=torch.float64).clone()
+        is_update = torch.ones(self.events, dtype=torch.bool)
+        is_update[self.others] = False
+        return rows.reshape(self.events, len(self.averages)), is_update.cumsum(0), is_update
 
     def matrix(
         self, factor: float, targets: Sequence[Schedule | Tensor], updates: int
@@ -122,51 +139,25 @@ class Log:
             Momenta, fp64 [events, averages + targets]; and of each event the number of updates up
             to it, int64 [events].
         """
-        columns = [scaled(self._own(), factor)]
+        rows, happened, is_update = self._events()
+        columns = [*scaled(rows, factor).unbind(1)]
         for target in targets:
-            of_target = torch.zeros(self.updates, 1, dtype=torch.float64)
+            column = torch.zeros(self.events, dtype=torch.float64)
             if isinstance(target, Tensor):
-                of_target[:updates, 0] = momenta_of(target)
+                momenta = momenta_of(target)
             else:
-                momenta = [momentum_from(target, index) for index in range(1, updates + 1)]
-                given = torch.tensor(momenta, dtype=torch.float64)
-                of_target[:updates, 0] = scaled(given, factor)
-            columns.append(of_target)
-        before = torch.tensor([at for at, _ in self.others], dtype=torch.int64)
-        updated = torch.arange(self.updates)
-        rows = updated + torch.searchsorted(before, updated, right=True)
-        found = torch.zeros(self.events, len(self.averages) + len(targets), dtype=torch.float64)
-        found[rows] = torch.cat(columns, dim=1)
-        happened = torch.zeros(self.events, dtype=torch.int64)
-        happened[rows] = updated + 1
-        own = len(self.averages)
-        live = [own + i for i, target in enumerate(targets) if not isinstance(target, Tensor)]
-        for number, (at, average) in enumerate(self.others):
-            of_all = average == ALL or own == 1
-            concerned = [*range(own), *live] if of_all else [average]
-            found[at + number, concerned] = 1.0
-            happened[at + number] = at
-        return found, happened
+                given = [momentum_from(target, index) for index in range(1, updates + 1)]
+                momenta = scaled(torch.tensor(given, dtype=torch.float64), factor)
+                column[~is_update & (rows == 1).all(1)] = 1
+            column[is_update.nonzero()[:updates, 0]] = momenta
+            columns.append(column)
+        return torch.stack(columns, dim=1), happened
 
-    def _own(self) -> Tensor:
-        averages = len(self.averages)
-        if not self.momenta:
-            return torch.zeros(0, averages, dtype=torch.float64)
-        return torch.frombuffer(self.momenta, dtype=torch.float64).clone().view(-1, averages)
-
-    def to_text(self, snapshots: Sequence[dict[str, Any]] | None = None) -> str:
-        """All of it as one string of JSON, perhaps with other snapshots."""
+    def to_text(self) -> str:
+        """All of it as one string of JSON."""
         packed = base64.b64encode(zlib.compress(self.momenta.tobytes(), 1)).decode()
-        return json.dumps(
-            {
-                "version": VERSION,
-                "averages": self.averages,
-                "momenta": packed,
-                "others": self.others,
-                "inexact": self.inexact,
-                "snapshots": self.snapshots if snapshots is None else snapshots,
-            }
-        )
+        public = {name: value for name, value in vars(self).items() if name != "_begun"}
+        return json.dumps({"version": VERSION, **public, "momenta": packed})
 
     @classmethod
     def from_text(cls, text: object) -> Log:

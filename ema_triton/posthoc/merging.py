@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ema_triton.checkpoint.interop import safetensors_dtype
-from ema_triton.ops.precision import as_real, narrow_once, pieces
-from ema_triton.pairing import FLOATS, REAL_DTYPE, is_averageable, memory_key, quoted
-from ema_triton.posthoc.files import Checkpoint, open_checkpoint, write_by_tensor
+from ema_triton.checkpoint.interop import write_safetensors
+from ema_triton.pairing import FLOATS, REAL_DTYPE, is_averageable, quoted
+from ema_triton.posthoc.files import Checkpoint, add_up, open_checkpoint, with_progress
 
 # The learning rate from x = 0, where its decay begins, to x = 1, where it is 0.
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -27,18 +23,6 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "1-sqrt": lambda x: 1 - math.sqrt(x),
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
 }
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-# Elements that are converted at a time: temporaries do not grow with the tensors.
-PIECE = 1 << 20
-
-
-class Merged(NamedTuple):
-    """What was merged: each checkpoint's path, coefficient and sha256 by file; tensors' names."""
-
-    path: str
-    merged_from: list[dict[str, object]]
-    averaged: list[str]
-    copied: list[str]  # integers and booleans, from the last checkpoint
 
 
 def decay_coefficients(shape: str, count: int) -> list[float]:
@@ -72,26 +56,26 @@ def merge(
     out: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     key: str | None = None,
-    progress: Callable[[int, int], object] | None = None,
-) -> Merged:
+) -> list[dict[str, object]]:
     """Write Σ c_j·θ_j of checkpoints θ_j of one model, accumulated in fp64 and rounded once.
 
-    The safetensors file's metadata has the paths, coefficients and sha256 ("merged_from", JSON).
-
-    The coefficients are an average's: WSM proves c_j ≥ 0, Σ c_j = 1 for any decay, and those of
-    LAWA (arXiv 2209.14981) and model soups (arXiv 2203.05482) are equal. With a negative one the
-    result leaves the checkpoints' range, and a variance may become negative: it is refused.
+    Integers and booleans are the last checkpoint's. The coefficients are an average's: c_j ≥ 0,
+    Σ c_j = 1, as WSM proves for any decay, and as LAWA (arXiv 2209.14981) and model soups (arXiv
+    2203.05482) have them. With a negative one a variance may become negative: it is refused.
 
     Args:
         checkpoints: The oldest first. Each a file of safetensors or torch.save, a folder of
             torch.distributed.checkpoint (whose .metadata is a pickle: only if you trust it), or a
             folder or index of `save_pretrained`. They must not change meanwhile.
         coefficients: A shape (`decay_coefficients` has the formulas), or a number per checkpoint.
-        out: The file; an old one is replaced once the new one is complete.
-        dtype: Of all averaged tensors, fp64, fp32, bf16 or fp16, of complex ones' parts; the
-            checkpoints' may then differ. None: as in the checkpoints.
+        out: The safetensors file; an old one is replaced once the new one is complete.
+        dtype: Of averaged real tensors, fp64, fp32, bf16 or fp16; the checkpoints' may then differ.
+            None: as in the checkpoints.
         key: Where the weights are in nested checkpoints, e.g. "model" or "ema.weights".
-        progress: Called with how many files and tensors are done, and how many there are.
+
+    Returns:
+        Each checkpoint's "path", "coefficient" and "sha256" by file, which the file's metadata has
+        under "merged_from", too.
 
     Raises:
         ValueError: The coefficients are no average's; or the checkpoints cannot be read, averaged
@@ -104,15 +88,17 @@ def merge(
         >>> paths = [os.path.join(folder, name) for name in ("1.pt", "2.pt")]
         >>> for value, path in enumerate(paths):
         ...     torch.save({"weight": torch.full((2,), float(value))}, path)
-        >>> merge(paths, [0.25, 0.75], out=os.path.join(folder, "merged.safetensors")).averaged
-        ['weight']
+        >>> merged = merge(paths, [0.25, 0.75], out=os.path.join(folder, "merged.safetensors"))
+        >>> [one["coefficient"] for one in merged]
+        [0.25, 0.75]
     """
     target = os.path.realpath(os.fsdecode(out))
     if isinstance(checkpoints, (str, bytes, os.PathLike)) or not checkpoints:
         raise ValueError(f"checkpoints must be a list of paths, oldest first, got {checkpoints!r}.")
     factors = _check_coefficients(coefficients, len(checkpoints))
     if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, or None, but got {dtype}.")
+        names = ", ".join(map(str, FLOATS))
+        raise ValueError(f"dtype must be one of {names}, or None, but got {dtype}.")
     folder = os.path.dirname(target)
     if os.path.isdir(target) or not os.access(folder, os.W_OK):
         raise OSError(f"'{target}' is a folder, or '{folder}' is none that can be written into.")
@@ -122,40 +108,36 @@ def merge(
         raise ValueError(f"'{target}' is one of the checkpoints. Write to another file.")
     _check_alike(opened, dtype)
 
-    layout: dict[str, Tensor] = {}
-    metadata = {"format": "pt", "merged_from": ""}
-    first_names: dict[Hashable, str] = {}
-    for name, tensor in sorted(opened[-1].tensors.items()):
-        first = first_names.setdefault(tuple(_memory(one, name) for one in opened), name)
-        if first != name and name not in metadata:
-            metadata[name] = first  # tied; as safetensors' save_model
-            continue
-        new = tensor.dtype
-        if dtype is not None and is_averageable(tensor):
-            new = dtype.to_complex() if tensor.is_complex() else dtype
-        safetensors_dtype(name, new)
-        layout[name] = torch.empty(tensor.shape, dtype=new, device="meta")
-
-    steps = itertools.count(1)
-
-    def advance() -> None:
-        if progress is not None:
-            progress(next(steps), len(files) + len(layout))
-
-    different: list[str] = []
-
-    def average(name: str) -> Tensor:
-        advance()
-        return _average(name, opened, factors, layout[name], different)
-
-    hashes = {file: _sha256(file, advance) for file in files}
+    layout = {
+        name: torch.empty_like(
+            tensor, dtype=dtype if tensor.dtype in FLOATS else None, device="meta"
+        )
+        for name, tensor in opened[-1].tensors.items()
+    }
+    steps = iter(with_progress([*files, *layout], "merge"))
+    hashes = {file: _sha256(file) for file, _ in zip(files, steps, strict=False)}
     merged_from: list[dict[str, object]] = [
         {"path": one.path, "coefficient": factor}
         | {"sha256": {os.path.basename(file): hashes[file] for file in one.files}}
         for one, factor in zip(opened, factors, strict=True)
     ]
-    metadata["merged_from"] = json.dumps(merged_from)
-    write_by_tensor(out, layout, average, metadata)
+    different: list[str] = []
+
+    def average(name: str) -> Tensor:
+        next(steps)
+        if is_averageable(layout[name]):
+            result = torch.empty_like(layout[name], device="cpu")
+            add_up((one.read for one in opened), {name: [factors]}, [{name: result}])
+            return result
+        *others, last = (one.read(name) for one in opened)
+        # The count of a BatchNorm is one number.
+        if last.numel() > 1 and not all(torch.equal(last, other) for other in others):
+            different.append(name)
+        return last
+
+    metadata = {"merged_from": json.dumps(merged_from)}
+    write_safetensors(out, layout, more=metadata, read=average)
+    next(steps, None)  # ends the progress
     if different:
         warnings.warn(
             f"The checkpoints have different integers in {quoted(different)}, which cannot be "
@@ -163,16 +145,14 @@ def merge(
             "model is wrong: merge checkpoints from before the quantization.",
             stacklevel=2,
         )
-    averaged = [name for name, tensor in opened[-1].tensors.items() if is_averageable(tensor)]
-    copied = [name for name in opened[-1].tensors if name not in {*averaged}]
-    return Merged(os.fsdecode(out), merged_from, averaged, copied)
+    return merged_from
 
 
 def _check_coefficients(coefficients: str | Sequence[float], count: int) -> list[float]:
     if isinstance(coefficients, str):
         return decay_coefficients(coefficients, count)
     factors = [float(coefficient) for coefficient in coefficients]
-    listed, total = _listed(factors), math.fsum(factors)
+    listed, total = ",".join(f"{factor:.9g}" for factor in factors), math.fsum(factors)
     if len(factors) != count:
         raise ValueError(
             f"There are {len(factors)} coefficients ({listed}) for {count} checkpoints."
@@ -184,16 +164,11 @@ def _check_coefficients(coefficients: str | Sequence[float], count: int) -> list
         )
     # Coefficients that were computed in fp32, or have seven digits, sum to 1 within this.
     if abs(total - 1) > 1e-6:
-        normal = f", e.g. {_listed([factor / total for factor in factors])}" if total else ""
         raise ValueError(
             f"The coefficients {listed} sum to {total:.9g}, not to 1, and would scale the weights. "
-            f"Divide each by the sum{normal}."
+            "Divide each by the sum."
         )
     return [factor / total for factor in factors]
-
-
-def _listed(factors: Sequence[float]) -> str:
-    return ",".join(f"{factor:.9g}" for factor in factors)
 
 
 def _check_alike(opened: Sequence[Checkpoint], dtype: torch.dtype | None) -> None:
@@ -231,99 +206,9 @@ def _check_alike(opened: Sequence[Checkpoint], dtype: torch.dtype | None) -> Non
             )
 
 
-def _memory(checkpoint: Checkpoint, name: str) -> Hashable:
-    """Equal for the names of a tied tensor."""
-    tensor = checkpoint.tensors[name]
-    return memory_key(tensor) if tensor.numel() and not tensor.is_meta else name
-
-
-def _average(
-    name: str,
-    checkpoints: Sequence[Checkpoint],
-    factors: Sequence[float],
-    layout: Tensor,
-    different: list[str],
-) -> Tensor:
-    """Σ c_j·θ_j of one tensor; the last one if these are integers, noted where they differ."""
-    if not is_averageable(layout):
-        *others, last = (one.read(name) for one in checkpoints)
-        # The count of a BatchNorm is one number.
-        if last.numel() > 1 and not all(torch.equal(last, other) for other in others):
-            different.append(name)
-        return last
-    result = torch.empty_like(layout, device="cpu")
-    total = torch.zeros_like(as_real(result), dtype=torch.float64)
-    for one, factor in zip(checkpoints, factors, strict=True):
-        if factor:  # 0 times Inf is no number
-            for part, values in pieces(total, as_real(one.read(name)), size=PIECE):
-                part.add_(values, alpha=factor)
-    for part, values in pieces(total, as_real(result), size=PIECE):
-        values.copy_(narrow_once(part, values.dtype))
-    return result
-
-
-def _sha256(path: str, advance: Callable[[], None]) -> str:
+def _sha256(path: str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    advance()
     return digest.hexdigest()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command `merge`."""
-    add = parser.add_argument
-    add(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="the oldest first (a shell's * puts step10 before step9; the order is printed): files "
-        "of safetensors or torch.save, folders of torch.distributed.checkpoint or save_pretrained",
-    )
-    add("--out", required=True, metavar="FILE", help="the safetensors file to write or replace")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument(
-        "--shape",
-        choices=DECAYS,
-        help="the decay of the learning rate that the average stands for; a linear one is an equal "
-        "average (default: equal)",
-    )
-    either.add_argument(
-        "--coefficients",
-        metavar="C,C,...",
-        type=_numbers,
-        help="or a number for each checkpoint, none of them negative, which sum to 1",
-    )
-    add("--dtype", choices=DTYPES, help="of the result (default: the checkpoints')")
-    add("--key", help="where the weights are in nested checkpoints, e.g. model or ema.weights")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from error
-
-
-def run(arguments: argparse.Namespace, progress: Callable[[int, int], object]) -> str:
-    """Average checkpoints of a model, in place of a decay of the learning rate.
-
-    Writes the sum of coefficient times checkpoint: accumulated in fp64, rounded once, with one
-    tensor at a time in memory. Integers, like BatchNorm's counts, are the last checkpoint's. The
-    file's metadata has the checkpoints' paths, coefficients and sha256.
-
-    python -m ema_triton merge --shape 1-sqrt step1.pt step2.pt step3.pt --out merged.safetensors
-    """
-    merged = merge(
-        arguments.checkpoints,
-        arguments.coefficients or arguments.shape or "equal",
-        out=arguments.out,
-        dtype=DTYPES.get(arguments.dtype),
-        key=arguments.key,
-        progress=progress,
-    )
-    lines = [f"{one['coefficient']:<12.6g}{one['path']}" for one in merged.merged_from]
-    lines.append(f"averaged: {len(merged.averaged)} tensors")
-    lines.append(f"integers, from the last: {len(merged.copied)}")
-    return "\n".join([*lines, f"written: {merged.path}"])

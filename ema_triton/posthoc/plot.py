@@ -48,41 +48,38 @@ def plot_profiles(
             "plot_profiles() takes the package matplotlib, which is not installed. Install it: "
             "pip install matplotlib."
         ) from error
-    systems = snapshots.solve([target], at=at, approximate=approximate)
-    entries, (momenta, updates, ends, (solution,)) = systems.entries, systems.shown
+    solved = snapshots.solve([target], at=at, approximate=approximate)
+    momenta, updates, ends, (solution,) = next(iter(solved.systems.values()))
+    *own, wanted = (profile(momenta[:end, average]) for end, average in ends)
+    rebuilt = torch.zeros(max(map(len, own)), dtype=wanted.dtype)
+    for coefficient, one in zip(solution.coefficients, own, strict=True):
+        rebuilt[: len(one)] += coefficient * one
     index = torch.cat([updates.new_zeros(1), updates])  # of each source; the initial weights' is 0
-    last = int(updates[max(end for end, _ in ends) - 1])
-    width = -(-(last + 1) // POINTS)
-    along = range(0, last + 1, width)
+    width = -(-int(index[len(rebuilt) - 1] + 1) // POINTS)
 
-    def binned(weights: Tensor) -> Tensor:
-        empty = torch.zeros(len(along), dtype=weights.dtype)
-        return empty.index_add(0, index[: len(weights)] // width, weights)
+    def points(weights: Tensor) -> tuple[list[int], list[float]]:
+        """The means of `width` updates each."""
+        bins = index[: len(weights)] // width
+        means = bins.bincount(weights) / bins.bincount()
+        return [width * place for place in range(len(means))], means.tolist()
 
-    def mean(sums: Tensor, end: int) -> list[float]:
-        counts = binned(torch.ones(end + 1, dtype=sums.dtype))
-        return (sums / counts)[: int(counts.count_nonzero())].tolist()
-
-    *own, wanted = (binned(profile(momenta[:end, average])) for end, average in ends)
-    rebuilt, all_events = torch.stack(own, dim=1) @ solution.coefficients, max(ends)[0]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=200)
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    above.plot(along, mean(wanted, all_events), color="black", linewidth=2.4, label="target")
+    above.plot(*points(wanted), color="black", linewidth=2.4, label="target")
     label = f"reconstruction (profile error {solution.profile_error:.2g})"
-    above.plot(
-        along, mean(rebuilt, all_events), color="tab:orange", linewidth=1.2, ls="--", label=label
-    )
+    above.plot(*points(rebuilt), color="tab:orange", linewidth=1.2, ls="--", label=label)
     above.set_ylabel("weight per update")
     above.legend(frameon=False, loc="upper left")
-    labels = {entry["average"]: snapshots.averages[entry["average"]] for entry in entries}
+    names = dict(enumerate(snapshots.averages))
     highest = 0.0  # of the last snapshots; the first ones are narrow and high
-    for entry, (end, average), one in zip(entries, ends, own, strict=False):
-        shown, label = mean(one, end), labels.pop(entry["average"], None)
-        below.plot(along[: len(shown)], shown, color=f"C{average % 10}", linewidth=0.7, label=label)
-        if entry["update_index"] == entries[-1]["update_index"]:
-            highest = max(highest, *shown)
+    for one, (end, average) in zip(own, ends, strict=False):
+        along, means = points(one)
+        name = names.pop(average, None)
+        below.plot(along, means, color=f"C{average % 10}", linewidth=0.7, label=name)
+        if end == ends[len(own) - 1][0]:
+            highest = max(highest, *means)
     below.set_ylim(0, 1.5 * highest)
-    below.set_xlim(0, last)
+    below.set_xlim(0, along[-1])
     below.set_xlabel("update")
     below.set_ylabel("snapshots")
     below.legend(loc="upper left", framealpha=1, edgecolor="none")

@@ -13,11 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Events at a time: with 4 averages a matrix of 2 MB.
-STRETCH = 1 << 16
-
-# Snapshots to think of; 512 are solved in a second.
-MOST = 512
+MOST = 512  # snapshots to think of, which are solved in a second
 
 
 def gram(momenta: Tensor, vectors: Sequence[tuple[int, int]]) -> Tensor:
@@ -42,11 +38,11 @@ def gram(momenta: Tensor, vectors: Sequence[tuple[int, int]]) -> Tensor:
     found, known = momenta.new_zeros(len(vectors), len(vectors)), list[int]()
     for number in sorted(range(len(vectors)), key=lambda number: vectors[number]):
         end, average = vectors[number]
-        for begin in range(done, end, STRETCH):
-            product, weights = _weigh(momenta[begin : min(end, begin + STRETCH)])
+        if end > done:
+            product, weights = _weigh(momenta[done:end])
             live = product[:, None] * product * live + weights.T @ weights
             frozen *= product
-        done = max(done, end)
+            done = end
         frozen[number] = live[average]
         known.append(number)
         found[number, known] = found[known, number] = frozen[known, average]
@@ -92,9 +88,8 @@ class Solution(NamedTuple):
             that one's norm. Below 1e-8 fp64 tells no difference from 0.
         noise_gain: The coefficients' 2-norm, by which the snapshots' rounding grows.
         expected_error: Of profile and rounding together, as a fraction of the weights.
-        condition: Of the equations that were solved, each profile normalised.
-        rank: How many directions fp64 could tell apart; with fewer than there are profiles, it
-            has come to its end, and the others were left out.
+        condition: Of the equations, each profile normalised. Near 1e15 fp64 comes to its end, and
+            directions that it cannot tell apart are left out.
     """
 
     coefficients: Tensor
@@ -102,7 +97,6 @@ class Solution(NamedTuple):
     noise_gain: float
     expected_error: float
     condition: float
-    rank: int
 
 
 def solve(matrix: Tensor, noise: Tensor) -> list[Solution]:
@@ -122,6 +116,7 @@ def solve(matrix: Tensor, noise: Tensor) -> list[Solution]:
         ridged = own + torch.diag(square * noise**2)
         scale = ridged.diagonal().rsqrt()
         values, directions = torch.linalg.eigh(scale[:, None] * ridged * scale)
+        condition = float(values[-1] / values[0].abs())
         told_apart = values > values[-1] * profiles * torch.finfo(values.dtype).eps
         values, directions = values[told_apart], scale[:, None] * directions[:, told_apart]
         best, towards = (
@@ -137,8 +132,7 @@ def solve(matrix: Tensor, noise: Tensor) -> list[Solution]:
                 profile_error=max(error, 0.0) ** 0.5,
                 noise_gain=float(x.norm()),
                 expected_error=(max(error, 0.0) + rounding) ** 0.5,
-                condition=float(values[-1] / values[0]),
-                rank=len(values),
+                condition=condition,
             )
         )
     return solutions
@@ -147,32 +141,28 @@ def solve(matrix: Tensor, noise: Tensor) -> list[Solution]:
 def spacing_needed(
     momenta: Tensor,
     updates: Tensor,
-    ends: Sequence[tuple[int, int]],
-    target: int,
+    own: Sequence[tuple[int, int]],
+    target: tuple[int, int],
     noise: Tensor,
-    at: int,
     wanted: float,
 ) -> int | None:
-    """Every how many updates, from 0 on, it takes snapshots for a profile error; None: no number.
+    """Every how many updates it takes more snapshots for a profile error; None: no number does.
 
     Args:
         momenta: As of `gram`.
         updates: Of each event, the number of updates up to it, int64 [events].
-        ends: The vectors of the snapshots, then of the targets.
-        target: The target's number among the targets.
-        noise: As of `solve`.
-        at: After which update the target is wanted.
+        own: The vectors of the snapshots that there are.
+        target: The target's vector.
+        noise: As of `solve`, of one more snapshot.
         wanted: The profile error.
     """
-    own, averages = [*ends[: len(noise)]], {average for _, average in ends[: len(noise)]}
+    averages, at = sorted({average for _, average in own}), int(updates[target[0] - 1])
     parts = max(1, len(own) // len(averages))
     while (parts := 2 * parts) * len(averages) <= MOST and at // parts:
-        every = at // parts
-        indices = torch.arange(0, at + 1, every)
+        indices = torch.arange(0, at + 1, at // parts)
         events = torch.searchsorted(updates, indices, right=True).tolist()
-        more = [(end, average) for end in events for average in sorted(averages)]
-        vectors = [*own, *more, ends[len(own) + target]]
-        solution = solve(gram(momenta, vectors), noise[-1].expand(len(vectors) - 1))[0]
-        if solution.profile_error <= wanted:
-            return every
+        vectors = [*own, *((event, average) for event in events for average in averages)]
+        matrix = gram(momenta, [*vectors, target])
+        if solve(matrix, noise.expand(len(vectors)))[0].profile_error <= wanted:
+            return at // parts
     return None

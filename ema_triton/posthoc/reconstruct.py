@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ema_triton.checkpoint.interop import import_safetensors, read_file
+from ema_triton.posthoc.files import add_up, with_progress
 from ema_triton.posthoc.log import Log
 from ema_triton.posthoc.profiles import Solution, gram, solve, spacing_needed
 from ema_triton.schedules import Schedule, check_schedule
-
-T = TypeVar("T")
 
 ELEMENTS = 1 << 21  # that are added up at a time, unless a tensor has more; 16 MiB a target
 
@@ -36,8 +35,8 @@ class Reconstruction:
     With momentum factors the errors are those of the tensors that are worst off.
 
     Attributes:
-        weights: By clean name on the CPU, what `model.load_state_dict` takes; averages in fp32,
-            other tensors as they were in the last snapshot up to `update_index`.
+        weights: By clean name on the CPU, what `model.load_state_dict` takes; averages in fp32
+            (fp64 of fp64 snapshots), others as they were in the last one up to `update_index`.
         update_index: After which update it is the average.
         profile_error: ‖target - Σ xᵢ wᵢ‖ / ‖target‖, of weights over the updates; below 1e-8 it is
             not told from 0.
@@ -66,17 +65,12 @@ class System(NamedTuple):
     solutions: list[Solution]  # of each target
 
 
-class Systems(NamedTuple):
-    """What was solved for targets, and for what."""
+class Solved(NamedTuple):
+    """What was solved for, from which snapshots, and by factor; 1 or the smallest is the first."""
 
     at: int
-    entries: list[dict[str, Any]]  # the snapshots to combine
-    by_factor: dict[float, System]
-
-    @property
-    def shown(self) -> System:
-        """That of the momentum factor 1, or the smallest."""
-        return self.by_factor.get(1.0) or next(iter(self.by_factor.values()))
+    entries: list[dict[str, Any]]
+    systems: dict[float, System]
 
 
 def solve_for(
@@ -86,22 +80,14 @@ def solve_for(
     at: int | None,
     *,
     approximate: bool,
-) -> Systems:
+) -> Solved:
     """Solve for the coefficients, without reading weights; see `Snapshots.reconstruct`.
 
-    Args:
-        targets: Schedules or weights.
-        log: What happened.
-        entries: The snapshots that are there, in their order, with their files' metadata.
-        at: After which update.
-        approximate: Whether errors are warnings.
+    `entries` are the snapshots that are there, in their order, with their files' metadata.
     """
     at = entries[-1]["update_index"] if at is None else at
     if not 1 <= at <= log.updates:
-        raise ValueError(
-            f"at={at}, but the log has updates 1 to {log.updates}. Give one of them, or leave it "
-            "out for the last snapshot's."
-        )
+        raise ValueError(f"at={at}, but the log has updates 1 to {log.updates}. Give one of them.")
     targets = [_check_target(target, at) for target in targets]
     # The first ones from then on have what the last ones before do not.
     until = min((one["update_index"] for one in entries if one["update_index"] >= at), default=at)
@@ -123,38 +109,38 @@ def solve_for(
         )
     eps = [torch.finfo(getattr(torch, one["dtype"])).eps for one in entries]
     noise = RELATIVE_ROUNDING * torch.tensor(eps, dtype=torch.float64)
+    own = [(one["events"], one["average"]) for one in entries]
     then = max((one["events"] for one in entries if one["update_index"] == at), default=None)
-    found = Systems(at, entries, {})
-    for factor in sorted({*last["factors"].values()} or {1.0}):
+    solved = Solved(at, entries, {})
+    for factor in sorted({*last["factors"].values()} or {1.0}, key=lambda f: (f != 1, f)):
         momenta, updates = log.matrix(factor, targets, at)
         end = int((updates <= at).sum()) if then is None else then
-        own = [(one["events"], one["average"]) for one in entries]
-        ends = own + [(end, column) for column in range(len(log.averages), momenta.shape[1])]
-        unknown = momenta[: max(end for end, _ in ends)].isnan().any(1).nonzero()
+        wanted = [(end, column) for column in range(len(log.averages), momenta.shape[1])]
+        unknown = momenta[: max(max(own)[0], end)].isnan().any(1).nonzero()
         if len(unknown):
             raise ValueError(
                 f"The momentum of update {int(updates[unknown[0]])} is unknown, and the average "
                 "had no schedule that would tell. Call record(ema) before the first update, and "
                 "give floats."
             )
-        solutions = solve(gram(momenta, ends), noise)
-        found.by_factor[factor] = System(momenta, updates, ends, solutions)
-        for number, solution in enumerate(solutions):
+        solutions = solve(gram(momenta, own + wanted), noise)
+        solved.systems[factor] = System(momenta, updates, own + wanted, solutions)
+        for target, vector, solution in zip(targets, wanted, solutions, strict=True):
             if solution.profile_error > WARN:
-                every = spacing_needed(momenta, updates, ends, number, noise, at, WARN)
+                every = spacing_needed(momenta, updates, own, vector, noise[-1], WARN)
                 needed = f"With snapshots every {every} updates from 0 on it is below {WARN:.0%}."
                 if not every:
                     needed = (
                         "More snapshots of these averages would not do either: it takes some of an "
                         "average with this schedule, or one more like it."
                     )
-                what = "the weights" if isinstance(targets[number], Tensor) else targets[number]
+                what = "the weights" if isinstance(target, Tensor) else target
                 _complain(
                     f"These snapshots do not make {what} at update {at}: the profile error is "
                     f"{solution.profile_error:.1%} of its norm. {needed}",
                     refused=solution.profile_error > REFUSE and not approximate,
                 )
-    return found
+    return solved
 
 
 def _complain(text: str, *, refused: bool) -> None:
@@ -169,63 +155,49 @@ def _check_target(target: object, at: int) -> Schedule | Tensor:
         check_schedule(target)
         return target  # type: ignore[return-value]
     weights = target.detach().to("cpu", torch.float64)
-    fine = bool(((weights >= 0) & weights.isfinite()).all()) and bool(weights.any())
-    if weights.shape != (at,) or not fine:
-        span = f", from {weights.min():g} to {weights.max():g}" if weights.numel() else ""
+    fine = weights.shape == (at,) and bool(((weights >= 0) & weights.isfinite()).all())
+    if not fine or not weights.any():
         raise ValueError(
             f"A target's weights must be a tensor of {at} finite values from 0 on, one for each "
-            f"update, not all 0, but got shape {tuple(weights.shape)}{span}. Give those, or a "
-            "schedule."
+            f"update, not all 0, but got shape {tuple(weights.shape)}, {target}."
         )
     return weights / weights.sum()
 
 
-def add_up(folder: Path, systems: Systems) -> list[Reconstruction]:
+def rebuild(folder: Path, solved: Solved) -> list[Reconstruction]:
     """The targets' weights, group by group of tensors, each from all files."""
-    entries, shown = systems.entries, systems.shown.solutions
-    last = ([one for one in entries if one["update_index"] <= systems.at] or entries)[-1]
-    weights: list[dict[str, Tensor]] = [{} for _ in shown]
-    readers = [opened(folder, entry) for entry in entries]
-    read = opened(folder, last)()
+    at, entries, systems = solved
+    last = ([one for one in entries if one["update_index"] <= at] or entries)[-1]
+    openers = [_opener(folder, entry) for entry in entries]
+    read = _opener(folder, last)()
+    shown = next(iter(systems.values())).solutions
+    results: list[dict[str, Tensor]] = [{} for _ in shown]
+    for weights in results:
+        weights |= {name: read(name).clone() for name in last["copied"]}
+        for name in last["factors"]:
+            dtype = torch.promote_types(read(name).dtype, torch.float32)
+            weights[name] = torch.empty(read(name).shape, dtype=dtype)
     shapes = {name: read(name).shape for name in last["factors"]}
-    for name in last["copied"]:
-        for result in weights:
-            result[name] = read(name).clone()
-    groups = [*_grouped(shapes)]
-    # All memory is allocated here: freed piece by piece between the results, malloc would keep it.
-    for name in last["factors"]:
-        for result in weights:
-            result[name] = torch.empty(shapes[name])
-    sizes = [[shapes[name].numel() for name in names] for names in groups]
-    sums = torch.empty(len(weights), max(map(sum, sizes), default=0), dtype=torch.float64)
-    scratch = torch.empty(max(map(max, sizes), default=0), dtype=torch.float64)
-    for names, lengths in _with_progress([*zip(groups, sizes, strict=True)]):
-        parts: list[Sequence[Tensor]] = [
-            torch.split(total[: sum(lengths)].zero_(), lengths) for total in sums
-        ]
-        for number, (entry, reader) in enumerate(zip(entries, readers, strict=True)):
-            read = reader()
-            for place, name in enumerate(names):
-                value = scratch[: lengths[place]].view(shapes[name])
-                value.copy_(_checked(read, folder / entry["file"], name, shapes[name]))
-                solutions = systems.by_factor[last["factors"][name]].solutions
-                for part, solution in zip(parts, solutions, strict=True):
-                    coefficient = float(solution.coefficients[number])
-                    part[place].add_(value.view(-1), alpha=coefficient)
-        for result, part in zip(weights, parts, strict=True):
-            for name, total in zip(names, part, strict=True):
-                result[name].view(-1).copy_(total)
-    for result in weights:
-        result |= {name: torch.view_as_complex(result[name]) for name in last["complex"]}
-    results = []
-    for number, result in enumerate(weights):
-        result |= {name: result[first] for name, first in last["ties"].items()}
-        solutions = [system.solutions[number] for system in systems.by_factor.values()]
+    of_factor = {
+        factor: [solution.coefficients.tolist() for solution in system.solutions]
+        for factor, system in systems.items()
+    }
+    for names in with_progress(_grouped(shapes), "reconstruct"):
+        readers = (
+            partial(_checked, opener(), folder / entry["file"], shapes)
+            for opener, entry in zip(openers, entries, strict=True)
+        )
+        add_up(readers, {name: of_factor[last["factors"][name]] for name in names}, results)
+    found = []
+    for number, weights in enumerate(results):
+        weights |= {name: torch.view_as_complex(weights[name]) for name in last["complex"]}
+        weights |= {name: weights[first] for name, first in last["ties"].items()}
+        solutions = [system.solutions[number] for system in systems.values()]
         x = shown[number].coefficients.tolist()
-        results.append(
+        found.append(
             Reconstruction(
-                weights=result,
-                update_index=systems.at,
+                weights=weights,
+                update_index=at,
                 profile_error=max(one.profile_error for one in solutions),
                 noise_gain=max(one.noise_gain for one in solutions),
                 expected_error=max(one.expected_error for one in solutions),
@@ -233,10 +205,10 @@ def add_up(folder: Path, systems: Systems) -> list[Reconstruction]:
                 coefficients={e["file"]: c for e, c in zip(entries, x, strict=True)},
             )
         )
-    return results
+    return found
 
 
-def opened(folder: Path, entry: Mapping[str, Any]) -> Callable[[], Callable[[str], Tensor]]:
+def _opener(folder: Path, entry: Mapping[str, Any]) -> Callable[[], Callable[[str], Tensor]]:
     """What opens a snapshot's file, and gives a function that reads a tensor of it by name.
 
     Mapped files take memory while they are open. One of torch.save takes long to open, and stays.
@@ -248,41 +220,31 @@ def opened(folder: Path, entry: Mapping[str, Any]) -> Callable[[], Callable[[str
     return lambda: lambda name: tensors[prefix + name]
 
 
-def _checked(read: Callable[[str], Tensor], path: Path, name: str, shape: torch.Size) -> Tensor:
+def _checked(
+    read: Callable[[str], Tensor], path: Path, shapes: Mapping[str, torch.Size], name: str
+) -> Tensor:
     try:
         value = read(name)
-        if value.shape != shape:
-            raise ValueError(f"shape {[*value.shape]}, but {[*shape]} in the last snapshot")
-        if not bool(value.isfinite().all()):
-            kind = str(value.dtype).removeprefix("torch.")
-            largest = f", as {kind} has for values above {torch.finfo(value.dtype).max:g}"
-            raise ValueError(f"it has Inf or NaN{largest}")
+        if value.shape != shapes[name]:
+            raise ValueError(f"shape {[*value.shape]}, but {[*shapes[name]]} in the last snapshot")
+        if value.numel() and not all(bool(one.isfinite()) for one in value.aminmax()):
+            largest = f"{value.dtype} has for values above {torch.finfo(value.dtype).max:g}"
+            raise ValueError(f"it has Inf or NaN, as {largest}")
     except Exception as error:
         raise ValueError(
-            f"'{name}' cannot be read from '{os.fspath(path)}' ({type(error).__name__}: {error}). "
+            f"'{name}' cannot be read from '{path}' ({type(error).__name__}: {error}). "
             "Nothing was rebuilt. Delete that file to do without this snapshot."
         ) from error
     return value
 
 
-def _grouped(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+def _grouped(shapes: Mapping[str, torch.Size]) -> list[list[str]]:
     """Names of tensors that are added up together: few files are opened then, for little memory."""
-    group, elements = list[str](), 0
+    groups, elements = list[list[str]](), ELEMENTS + 1
     for name, shape in shapes.items():
-        if group and elements + shape.numel() > ELEMENTS:
-            yield group
-            group, elements = [], 0
-        group.append(name)
         elements += shape.numel()
-    if group:
-        yield group
-
-
-def _with_progress(groups: list[T]) -> Iterable[T]:
-    """The same, with tqdm's bar on a terminal, if it is installed."""
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return groups
-    bar: Iterable[T] = tqdm(groups, desc="reconstruct", disable=None)
-    return bar
+        if elements > ELEMENTS:
+            groups.append([])
+            elements = shape.numel()
+        groups[-1].append(name)
+    return groups

@@ -6,11 +6,10 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -18,23 +17,26 @@ import torch
 from torch import Tensor
 
 from ema_triton.bank import EMABank
-from ema_triton.checkpoint.interop import import_safetensors, read_file, write_safetensors
+from ema_triton.checkpoint.interop import (
+    import_safetensors,
+    read_file,
+    replacing,
+    write_safetensors,
+)
 from ema_triton.distributed import collectives, dtensor
 from ema_triton.model_ema import ModelEMA
 from ema_triton.modules import are_sharded
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual
-from ema_triton.pairing import memory_key, quoted
+from ema_triton.pairing import FLOATS, quoted
 from ema_triton.posthoc.log import ALL, Log
-from ema_triton.posthoc.reconstruct import Reconstruction, Systems, add_up, solve_for
+from ema_triton.posthoc.reconstruct import Reconstruction, Solved, rebuild, solve_for
 from ema_triton.schedules import PowerFunction, Schedule, check_count
 from ema_triton.selection import Selection
 
-T = TypeVar("T")
 Entry = dict[str, Any]  # what the log says of a file
 
 LOG, NEW, KEY = "log.json", ".new", "snapshot"
 EMA = "ema_model."  # what the names begin with in ema-pytorch's files
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Snapshots:
@@ -52,7 +54,7 @@ class Snapshots:
 
     Args:
         folder: Where they are; made by `save`.
-        dtype: Of the averages in new snapshots: float32, bfloat16 or float16.
+        dtype: Of the averages in new snapshots: float32, bfloat16, float16, or float64.
 
     Raises:
         ValueError: The dtype is another one, or the folder's log is damaged.
@@ -77,10 +79,10 @@ class Snapshots:
     def __init__(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
     ) -> None:
-        if dtype not in DTYPES:
+        if dtype not in FLOATS:
             raise ValueError(
-                f"dtype can only be one of {', '.join(map(str, DTYPES))}, but got {dtype!r}. It is "
-                "that of the averages in the files; float32 is the largest, and rounds the least."
+                f"dtype can only be one of {', '.join(map(str, FLOATS))}, but got {dtype!r}. It is "
+                "that of the averages in the files."
             )
         self.folder, self.dtype = Path(folder), dtype
         self._log = Log()
@@ -138,6 +140,7 @@ class Snapshots:
         of_all = {
             "dtype": str(saved[EMA + names[0]].dtype).removeprefix("torch."),
             "prefix": EMA,
+            "token": None,
             "factors": dict.fromkeys(averaged, 1.0),
             "copied": [name for name in names if name not in averaged],
             "complex": [],
@@ -184,8 +187,8 @@ class Snapshots:
             average._planner.recorder = partial(self._record, number if len(averages) > 1 else ALL)
         ema._planner.recorder = partial(self._record, ALL)
 
-    def _record(self, average: int, kind: str, index: int, momenta: Sequence[Any]) -> None:
-        self._log.record(average, kind, index, momenta)
+    def _record(self, *event: Any) -> None:  # noqa: ANN401  # as `Log.record` has them
+        self._log.record(*event)  # of a log that `load_state_dict` may have replaced
 
     def save(self, ema: ModelEMA | EMABank) -> None:
         """Write a snapshot of each average as it is now, to `<update index>-<average>.safetensors`.
@@ -203,39 +206,33 @@ class Snapshots:
         """
         averages = averages_of(ema)
         self.record(ema)
+        log = self._log
         with ema._lock, torch.no_grad():
-            self._log.align(ema.update_index)
-            if self._log.given_up:
-                last = self._log.given_up.pop()["update_index"]
-                self._log.given_up.clear()
-                warnings.warn(
-                    f"'{self.folder}' has snapshots of another training, up to update {last}, and "
-                    "this one began anew: they are given up, and files of the same names "
-                    "overwritten. Give Snapshots another folder to keep them.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            self._log.assume([average.schedule for average in averages.values()])
+            log.align(ema.update_index)
+            log.assume([average.schedule for average in averages.values()])
             for average in averages.values():
                 self._mark_inexact(average)
             if ema._planner.captured:
-                self._log.mark("a CUDA graph has an update, whose replays are not seen")
+                log.mark("a CUDA graph has an update, whose replays are not seen")
             sharded = any(are_sharded(average._state.slots()) for average in averages.values())
-            entries = list[Entry]()
+            if not sharded and not collectives.is_rank0():
+                return
+            on_rank0: Any = collectives.on_rank0 if sharded else lambda function: function()
+            entries: list[Entry] = []
             for number, (name, average) in enumerate(averages.items()):
                 state = average.state_dict(full_state_dict=sharded)
-                file = f"{ema.update_index:08d}-{quote(name, safe=' ')}.safetensors"
                 entry = {
-                    "file": file,
+                    "file": f"{ema.update_index:08d}-{quote(name, safe=' ')}.safetensors",
                     "average": number,
-                    "update_index": self._log.updates,
-                    "events": self._log.events,
+                    "update_index": log.updates,
+                    "events": log.events,
                     "dtype": str(self.dtype).removeprefix("torch."),
                     "token": uuid4().hex,  # no file of an abandoned run has it
                 }
-                write = partial(self._write, average, state, entry)
-                entries += _on_rank0(write, sharded)
-            self._log.snapshots = _on_rank0(partial(self._publish, entries), sharded)
+                entries.append(on_rank0(partial(self._write, average, state, entry)))
+            files = {entry["file"] for entry in entries}
+            log.snapshots = [one for one in log.snapshots if one["file"] not in files] + entries
+            on_rank0(partial(self._publish, files))
 
     def _mark_inexact(self, average: ModelEMA) -> None:
         """Say what values a log of momenta does not tell."""
@@ -250,40 +247,26 @@ class Snapshots:
             if counts.item():
                 self._log.mark("nonfinite='skip' kept values out of the EMA")
 
-    def _write(self, average: ModelEMA, state: Mapping[str, Any], entry: Entry) -> list[Entry]:
+    def _write(self, average: ModelEMA, state: Mapping[str, Any], entry: Entry) -> Entry:
         """Write one average's file, where it does not count yet; a tied tensor once."""
         new = self.folder / NEW
         if entry["average"] == 0:
             shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
             new.mkdir(parents=True)
-        factors = {
-            name: pair.scale
-            for pair in average._planner.latest().averaged
-            if pair.scale is not None
-            for name in pair.names
-        }
-        first: dict[object, str] = {}
-        tensors, ties = dict[str, Tensor](), dict[str, str]()
-        whole = average._state.tensors()
-        for name, value in sorted(state["weights"].items()):
-            part = dtensor.local_part(whole[name])
-            key = memory_key(part)
-            if part.numel() and first.setdefault(key, name) != name:
-                ties[name] = first[key]
-                continue
-            if name in factors:
-                residual = state["residuals"].get(name)
-                value = as_real(value)
-                exact = value if residual is None else join_residual(value, residual)
-                value = exact.to("cpu", self.dtype, copy=True)
-                if bool(value.isinf().any()) and not bool(exact.isinf().any()):
-                    raise ValueError(
-                        f"'{name}' has values up to {float(exact.abs().max()):.3g}, too large for "
-                        f"snapshots in {self.dtype}, which would have Inf. Nothing was written. "
-                        "Give Snapshots another dtype."
-                    )
-            tensors[name] = value
-        factors = {name: factor for name, factor in factors.items() if name in tensors}
+        pairs = average._planner.latest().averaged
+        factors = {pair.name: pair.scale for pair in pairs if pair.scale is not None}
+        ties = {name: pair.name for pair in pairs for name in pair.names[1:]}
+        tensors = {name: value for name, value in state["weights"].items() if name not in ties}
+        for name in factors:
+            value, residual = as_real(tensors[name]), state["residuals"].get(name)
+            exact = value if residual is None else join_residual(value, residual)
+            tensors[name] = exact.to("cpu", self.dtype, copy=True)
+            if bool(tensors[name].isinf().any()) and not bool(exact.isinf().any()):
+                raise ValueError(
+                    f"'{name}' has values up to {float(exact.abs().max()):.3g}, too large for "
+                    f"snapshots in {self.dtype}, which would have Inf. Nothing was written. "
+                    "Give Snapshots another dtype."
+                )
         described = {
             "token": entry["token"],
             "factors": factors,
@@ -293,25 +276,15 @@ class Snapshots:
         }
         metadata = {KEY: json.dumps(described), **ties}
         write_safetensors(new / entry["file"], tensors, entry["update_index"], metadata)
-        return [entry]
+        return entry
 
-    def _publish(self, entries: list[Entry]) -> list[Entry]:
-        """Replace the log, and only then show the files that it tells of."""
-        new, files = self.folder / NEW, [one["file"] for one in entries]
-        kept = [one for one in self._log.snapshots if one["file"] not in files]
-        with open(new / LOG, "w", encoding="utf-8") as log:
-            log.write(self._log.to_text(kept + entries))
-            log.flush()
-            os.fsync(log.fileno())
-        for name in (LOG, *files):
-            os.replace(new / name, self.folder / name)
-        shutil.rmtree(new)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        return kept + entries
+    def _publish(self, files: Iterable[str]) -> None:
+        """Show the new files, and then the log that tells of them."""
+        for file in files:
+            os.replace(self.folder / NEW / file, self.folder / file)
+        with replacing(self.folder / LOG) as new:
+            Path(new).write_text(self._log.to_text(), encoding="utf-8")
+        shutil.rmtree(self.folder / NEW)
 
     def state_dict(self) -> dict[str, Any]:
         """The log as one string, for the training's checkpoints."""
@@ -329,12 +302,11 @@ class Snapshots:
         """The log's snapshots that are there, with their files' metadata, in their order."""
         safetensors, found = import_safetensors(), []
         for entry in sorted(self._log.snapshots, key=lambda one: (one["events"], one["average"])):
-            path = self.folder / entry["file"]
-            if path.exists() and "factors" in entry:
-                found.append({**entry, "size": path.stat().st_size})
-            elif path.exists():
-                with safetensors.safe_open(path, framework="pt") as file:
-                    described = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            path, described = self.folder / entry["file"], entry
+            if path.exists():
+                if "factors" not in entry:
+                    with safetensors.safe_open(path, framework="pt") as file:
+                        described = json.loads((file.metadata() or {}).get(KEY, "{}"))
                 if described.get("token") == entry["token"]:
                     found.append({**entry, **described, "size": path.stat().st_size})
         return found
@@ -381,8 +353,7 @@ class Snapshots:
             TypeError: The target is neither a schedule nor a tensor.
             ImportError: safetensors is not installed.
         """
-        systems = self.solve([target], at=at, approximate=approximate)
-        return add_up(self.folder, systems)[0]
+        return self.reconstruct_all([target], at=at, approximate=approximate)[0]
 
     def reconstruct_all(
         self,
@@ -392,12 +363,11 @@ class Snapshots:
         approximate: bool = False,
     ) -> list[Reconstruction]:
         """The same of several targets, in one pass over the files."""
-        systems = self.solve(targets, at=at, approximate=approximate)
-        return add_up(self.folder, systems)
+        return rebuild(self.folder, self.solve(targets, at=at, approximate=approximate))
 
     def solve(
         self, targets: Sequence[Schedule | Tensor], *, at: int | None, approximate: bool
-    ) -> Systems:
+    ) -> Solved:
         """What `reconstruct` solves, from the log alone."""
         entries = self._present()
         if not entries:
@@ -418,10 +388,3 @@ def averages_of(ema: ModelEMA | EMABank) -> dict[str, ModelEMA]:
         f"Snapshots are made of a ModelEMA or an EMABank, but got a {type(ema).__name__}. Of an "
         "EMAHandler, give handler.ema."
     )
-
-
-def _on_rank0(function: Callable[[], list[T]], together: bool) -> list[T]:
-    """What it returns on rank 0; on the others the same if all call this together, else nothing."""
-    if together:
-        return collectives.on_rank0(function)
-    return function() if collectives.is_rank0() else []

@@ -39,11 +39,9 @@ def test_merging(paths: list[str], tmp_path: Path) -> None:
         f"0.57735     {a}",
         f"0.239146    {b}",
         f"0.183503    {c}",
-        "averaged: 1 tensors",
-        "integers, from the last: 1",
         f"written: {out}",
     ]
-    assert done.stderr.splitlines() == [" 20 %", " 40 %", " 60 %", " 80 %", "100 %"]
+    assert done.stderr == ""  # the progress is for terminals
     weights = safetensors.torch.load_file(out)
     expected = 0.5773502692 + 2 * 0.2391463117 + 3 * 0.1835034191
     assert weights["w"].tolist() == pytest.approx([expected] * 2)
@@ -54,7 +52,7 @@ def test_an_error_is_its_text_and_status_1(paths: list[str], tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        f"\nerror: [Errno 2] No such file or directory: '{tmp_path / 'gone.pt'}'\n"
+        f"error: [Errno 2] No such file or directory: '{tmp_path / 'gone.pt'}'\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -75,18 +73,18 @@ def test_errors_and_warnings(paths: list[str], tmp_path: Path, capsys, monkeypat
     assert main(["merge", *paths, "--coefficients", "1,2,1", "--out", out]) == 1
     said = capsys.readouterr().err
     assert "error: The coefficients 1,2,1 sum to 4, not to 1" in said
-    assert "Divide each by the sum, e.g. 0.25,0.5,0.25." in said
+    assert "Divide each by the sum." in said
     torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}, paths[0])
     assert main(["merge", paths[0], "--out", out]) == 1
-    assert "'model' (1), 'ema' (1). Choose one by key= (on the command line --key)" in (
-        capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "at the keys 'model', 'ema', so which are the weights is unknown" in said
+    assert "Choose one by key= (on the command line --key)" in said
     assert main(["merge", paths[0], "--key", "ema", "--out", out]) == 0
     for step, path in enumerate(paths):
         torch.save({"packed": torch.tensor([step, 1])}, path)
     capsys.readouterr()
     assert main(["merge", *paths, "--out", out]) == 0
-    assert "\nwarning: The checkpoints have different integers in 'packed'" in (
+    assert "warning: The checkpoints have different integers in 'packed'" in (
         capsys.readouterr().err
     )
 
@@ -176,7 +174,7 @@ def test_an_average_is_rebuilt(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{PowerFunction(sigma_rel=0.07)} at update 60, of 30 snapshots"
     assert lines[1] == f"profile error   {expected.profile_error:.2g}"
-    assert lines[-2:] == [f"written: {out}", f"drawn: {png}"]
+    assert lines[-1] == f"written: {out}, {png}"
     assert png.read_bytes()[:4] == b"\x89PNG"
     found = safetensors.torch.load_file(out)
     assert found.keys() == expected.weights.keys()

@@ -18,7 +18,7 @@ import safetensors.torch
 
 from ema_triton import ModelEMA
 from ema_triton.ops.precision import narrow_once
-from ema_triton.posthoc import merge, merging
+from ema_triton.posthoc import files, merge
 from ema_triton.posthoc.merging import DECAYS, decay_coefficients
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -118,14 +118,12 @@ def test_a_merge_is_an_ema_whose_schedule_is_known_in_advance(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "dcp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_each_value_is_the_nearest_to_the_exact_average(dtype, kind, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(merging, "PIECE", 8)  # of 35 elements
+    monkeypatch.setattr(files, "PIECE", 8)  # of 35 elements
     states = checkpoints(dtype)
     paths = [save(tmp_path, str(j), state, kind) for j, state in enumerate(states)]
     coefficients = [0.2, 0.3, 0.5]
-    merged = merge(paths, coefficients, out=tmp_path / "out")
+    merge(paths, coefficients, out=tmp_path / "out")
     found = load(tmp_path / "out")
-    assert sorted(merged.averaged) == ["empty", "scalar", "weight"]
-    assert merged.copied == ["count"]
     assert found["count"] == 20
     assert found["empty"].shape == (2, 0)
     for name in ("weight", "scalar"):
@@ -183,7 +181,7 @@ def test_the_file_says_what_it_was_made_of(tmp_path) -> None:
         metadata = file.metadata()
     assert metadata["format"] == "pt"  # transformers wants it
     first, second = json.loads(metadata["merged_from"])
-    assert [first, second] == merged.merged_from
+    assert [first, second] == merged
     digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
     assert first == {"path": str(paths[0]), "coefficient": 0.25, "sha256": {"a.pt": digest}}
     assert second["sha256"].keys() == {".metadata", "__0_0.distcp"}
@@ -201,7 +199,7 @@ def test_an_ema_and_a_model_load_it(tmp_path) -> None:
     [
         ([0.5, 0.25], "There are 2 coefficients (0.5,0.25) for 3 checkpoints."),
         ([1, 2, 1], "1,2,1 sum to 4, not to 1, and would scale the weights. Divide each by the "
-         "sum, e.g. 0.25,0.5,0.25."),
+         "sum."),
         ([0.3333, 0.3333, 0.3333], "sum to 0.9999, not to 1"),
         ([0, 0, 0], "sum to 0, not to 1, and would scale the weights. Divide each by the sum."),
         ([1.5, -1, 0.5], "finite and not negative, but got 1.5,-1,0.5. With a negative one the "
@@ -222,7 +220,7 @@ def test_coefficients_that_were_rounded_sum_to_one(tmp_path) -> None:
     coefficients = torch.tensor([1.0, 2, 4]).softmax(0).tolist()
     assert math.fsum(coefficients) != 1
     merged = merge(paths, coefficients, out=tmp_path / "out")
-    assert math.fsum(one["coefficient"] for one in merged.merged_from) == 1
+    assert math.fsum(one["coefficient"] for one in merged) == 1
     torch.testing.assert_close(
         load(tmp_path / "out")["w"], torch.ones(3).double(), rtol=1e-15, atol=0
     )
@@ -238,15 +236,15 @@ DIFFERENT = [
     ({"w": W}, {"w": W.half()}, {}, "'w' is torch.float32 [2, 3] and torch.float16 [2, 3]."),
     ({"w": W}, {"w": W.int()}, {"dtype": torch.half}, "is floating [2, 3] and torch.int32 [2, 3]."),
     ({"w": W.to(torch.float8_e4m3fn)}, {}, {}, "float8_e4m3fn, whose values mean nothing without"),
-    ({"w": W.to(torch.complex128)}, {}, {}, "'w' is torch.complex128, which safetensors cannot"),
+    ({"w": W.to(torch.complex128)}, {}, {}, "'w' cannot be written as safetensors (KeyError: "
+     "torch.complex128)"),
     ({"w": W.to_sparse()}, {}, {}, "Save it as a plain tensor."),
-    ({"n": 3}, {}, {}, "no tensors by name, so which are the weights is unknown. The keys with "
-     "tensors by name, and how many: none."),
-    ({"model": {"w": W, "v": W}, "ema": {"w": W}}, {}, {}, "has tensors at several keys, so which "
-     "are the weights is unknown. The keys with tensors by name, and how many: 'model' (2), 'ema' "
-     "(1). Choose one by key= (on the command line --key)."),
-    ({"model": {"w": W}}, {}, {"key": "ema"}, "has no tensors at key 'ema', so which"),
-    ({"w": W}, {}, {"dtype": torch.int8}, "dtype must be one of float64, float32, bfloat16, "),
+    ({"n": 3}, {}, {}, "has tensors by name at the keys none, so which are the weights is unknown"),
+    ({"ema": {"w": W}, "model": {"w": W, "v": W}}, {}, {}, "has tensors by name at the keys "
+     "'model', 'ema', so which are the weights is unknown from key=None. Choose one by key= (on "
+     "the command line --key)."),
+    ({"model": {"w": W}}, {}, {"key": "ema"}, "is unknown from key='ema'."),
+    ({"w": W}, {}, {"dtype": torch.int8}, "dtype must be one of torch.float64, torch.float32, "),
 ]  # fmt: skip
 
 
@@ -269,7 +267,7 @@ def test_wrong_paths(tmp_path) -> None:
         merge([path], out=tmp_path / "no" / "out")
     with pytest.raises(OSError, match=re.escape(f"'{tmp_path}' is a folder, or")):
         merge([path], out=tmp_path)
-    with pytest.raises(ValueError, match=r"list.pt' has no tensors by name"):
+    with pytest.raises(ValueError, match=r"list.pt' has tensors by name at the keys none"):
         merge([path, save(tmp_path, "list", [W])], out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="gone"):
         merge([path, tmp_path / "gone.pt"], out=tmp_path / "out")
@@ -303,21 +301,12 @@ def test_keys_of_nested_checkpoints(tmp_path) -> None:
     assert load(tmp_path / "out")["w"].unique().tolist() == [1.0]
 
 
-def test_a_tied_tensor_is_written_once_and_loads_under_each_name(tmp_path) -> None:
+def test_a_tied_tensor_loads_under_each_of_its_names(tmp_path) -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
-    paths = [save(tmp_path, str(j), model.state_dict()) for j in range(2)]
     safetensors.torch.save_model(model, str(tmp_path / "st"))
-    merge([*paths, tmp_path / "st"], out=tmp_path / "out")
-    assert load(tmp_path / "out").keys() == {"0.weight"}
-    assert not safetensors.torch.load_model(model, tmp_path / "out")[0]
-    # Tied in one of them only, it is two.
-    apart = {
-        name: weight.clone() + j for j, (name, weight) in enumerate(model.state_dict().items())
-    }
-    merge([paths[0], save(tmp_path, "apart", apart)], [0.5, 0.5], out=tmp_path / "out")
-    first, second = load(tmp_path / "out").values()
-    torch.testing.assert_close(second - first, torch.full((3, 3), 0.5))
+    merge([save(tmp_path, "pt", model.state_dict()), tmp_path / "st"], out=tmp_path / "out")
+    torch.testing.assert_close(load(tmp_path / "out"), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.uint16, torch.bool])
@@ -352,4 +341,4 @@ def test_files_of_the_old_format_and_folders_with_an_index(tmp_path) -> None:
         "a": 2.0,
         "b": 3.0,
     }
-    assert merged.merged_from[1]["sha256"].keys() == set(parts.values())
+    assert merged[1]["sha256"].keys() == set(parts.values())

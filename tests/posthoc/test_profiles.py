@@ -91,14 +91,6 @@ def test_the_gram_matrix_is_that_of_explicit_profiles(history, factor, data) -> 
         torch.testing.assert_close(found, expected[: end + 1], rtol=1e-12, atol=1e-14)
 
 
-def test_long_histories_are_taken_in_stretches(monkeypatch) -> None:
-    momenta = torch.rand(100, 2, dtype=FP64, generator=torch.Generator().manual_seed(0)) / 10
-    vectors = [(0, 0), (37, 1), (100, 0), (64, 0), (37, 0)]
-    whole = gram(momenta, vectors)
-    monkeypatch.setattr("ema_triton.posthoc.profiles.STRETCH", 7)
-    torch.testing.assert_close(gram(momenta, vectors), whole, rtol=1e-13, atol=0)
-
-
 def of(schedule, updates: int) -> Tensor:
     return torch.tensor([schedule(t) for t in range(1, updates + 1)], dtype=FP64)
 
@@ -192,13 +184,11 @@ def test_the_noise_of_bfloat16_is_held_down_by_the_ridge() -> None:
     assert ridged.expected_error < 0.8 * math.hypot(plain.profile_error, eps * plain.noise_gain)
 
 
-def test_where_fp64_ends_the_rank_says_so() -> None:
+def test_where_fp64_ends_the_condition_says_so() -> None:
     *_, fine = system(HalfLife(150), 16, eps=0.0)
-    assert fine.rank == 32
     assert fine.condition < 1e9
     *_, ended = system(HalfLife(150), 80, eps=0.0, sigmas=(0.05, 0.07, 0.1, 0.12))
-    assert ended.rank < 320
-    assert 1e12 < ended.condition < 1e16
+    assert ended.condition > 1e15
     assert ended.profile_error < fine.profile_error  # of what fp64 can tell, nothing is lost
     assert bool(ended.coefficients.isfinite().all())
 
@@ -208,7 +198,7 @@ def test_the_spacing_that_is_needed_is_enough_and_twice_of_it_is_not(monkeypatch
     momenta, ends, noise, found = system(target, 8)
     assert found.profile_error > 0.02
     updates = torch.arange(1, 1601)
-    every = spacing_needed(momenta, updates, ends, 0, noise, 1600, 0.02)
+    every = spacing_needed(momenta, updates, ends[:-1], ends[-1], noise[0], 0.02)
     assert every is not None
     assert system(target, 1600 // every)[-1].profile_error < 0.02
     assert system(target, 800 // every)[-1].profile_error > 0.02
@@ -216,4 +206,4 @@ def test_the_spacing_that_is_needed_is_enough_and_twice_of_it_is_not(monkeypatch
     momenta[:, -1] = 1.0  # a single update's weights, which takes snapshots next to each other
     ends[-1] = (1597, 1)
     monkeypatch.setattr("ema_triton.posthoc.profiles.MOST", 64)
-    assert spacing_needed(momenta, updates, ends, 0, noise, 1600, 0.02) is None
+    assert spacing_needed(momenta, updates, ends[:-1], ends[-1], noise[0], 0.02) is None
