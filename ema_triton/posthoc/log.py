@@ -53,14 +53,11 @@ class Log:
     def record(
         self, average: int, kind: str, update_index: int, momenta: Sequence[float | Tensor] = ()
     ) -> None:
-        """Take down an event; what a `Planner` calls as its recorder, with the first given.
+        """Take down an event of an average, or of `ALL`, as a `Planner` tells its recorder.
 
-        Args:
-            average: Its number, or `ALL`.
-            kind: "update", "sync", "load_state_dict()", "load_weights()"; or "replaced", an EMA
-                tensor by another one.
-            update_index: The EMA's, before an update and after a load.
-            momenta: Of an update, for each average. A tensor's value is on the device, unknown.
+        The update index is the one before an update, or after a load. The kinds are "update", whose
+        momenta are each average's; "sync", "load_weights()", "load_state_dict()"; and "replaced",
+        an EMA tensor by another one.
         """
         if kind == "load_state_dict()" and not self._begun:
             return
@@ -88,9 +85,7 @@ class Log:
                 warnings.warn(
                     "The folder has snapshots of another training, up to update "
                     f"{self.snapshots[-1]['update_index']}, and this one begins anew: they are "
-                    "given up, and files of the same names overwritten. Give Snapshots another "
-                    "folder to keep them.",
-                    UserWarning,
+                    "given up. Give Snapshots another folder to keep them.",
                     stacklevel=3,
                 )
             self.others = [at for n, at in enumerate(self.others) if at - n <= update_index]
@@ -105,13 +100,12 @@ class Log:
 
     def assume(self, schedules: Sequence[Schedule | None]) -> None:
         """Put in the schedules' momenta where they are unknown."""
-        if not self.inexact:
-            return
-        rows, happened, _ = self._events()
-        for event, average in rows.isnan().nonzero().tolist():
-            if schedule := schedules[average]:
-                momentum = momentum_from(schedule, int(happened[event]))
-                self.momenta[event * len(schedules) + average] = momentum
+        if self.inexact:
+            rows, happened, _ = self._events()
+            for event, average in rows.isnan().nonzero().tolist():
+                if schedule := schedules[average]:
+                    momentum = momentum_from(schedule, int(happened[event]))
+                    self.momenta[event * len(schedules) + average] = momentum
 
     def _events(self) -> tuple[Tensor, Tensor, Tensor]:
         """Momenta, fp64 [events, averages]; of each event the updates up to it; is it an update."""
@@ -125,7 +119,7 @@ class Log:
     def matrix(
         self, factor: float, targets: Sequence[Schedule | Tensor], updates: int
     ) -> tuple[Tensor, Tensor]:
-        """The momenta of averages and targets, and what happened when.
+        """Momenta, fp64 [events, averages + targets]; of each event the updates up to it, int64.
 
         A target takes part in the syncs and loads of all averages, as an average of its own would;
         not one that is weights over the updates.
@@ -134,10 +128,6 @@ class Log:
             factor: Of the momentum, as `momentum_scale` says.
             targets: Schedules; or weights over the updates, fp64 [updates].
             updates: How many the targets consist of. After them they change no more.
-
-        Returns:
-            Momenta, fp64 [events, averages + targets]; and of each event the number of updates up
-            to it, int64 [events].
         """
         rows, happened, is_update = self._events()
         columns = [*scaled(rows, factor).unbind(1)]
@@ -161,11 +151,7 @@ class Log:
 
     @classmethod
     def from_text(cls, text: object) -> Log:
-        """What `to_text` returned.
-
-        Raises:
-            ValueError: It is damaged, or of another version.
-        """
+        """What `to_text` returned; ValueError if it is damaged, or of another version."""
         try:
             found = json.loads(text)  # type: ignore[arg-type]  # a TypeError says so
             if found["version"] != VERSION:
@@ -176,9 +162,8 @@ class Log:
             log.inexact = [(at, reason) for at, reason in found["inexact"]]
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(
-                f"The snapshots' log cannot be read ({type(error).__name__}: {error}). It "
-                "says of which updates the snapshots consist. Give what Snapshots.state_dict() "
-                "returned, or another copy of the folder's log.json."
+                f"The snapshots' log cannot be read ({type(error).__name__}: {error}). Give what "
+                "Snapshots.state_dict() returned, or another copy of the folder's log.json."
             ) from error
         return log
 

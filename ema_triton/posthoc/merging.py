@@ -153,57 +153,44 @@ def _check_coefficients(coefficients: str | Sequence[float], count: int) -> list
         return decay_coefficients(coefficients, count)
     factors = [float(coefficient) for coefficient in coefficients]
     listed, total = ",".join(f"{factor:.9g}" for factor in factors), math.fsum(factors)
-    if len(factors) != count:
+    if len(factors) != count or not all(0 <= factor < math.inf for factor in factors):
         raise ValueError(
-            f"There are {len(factors)} coefficients ({listed}) for {count} checkpoints."
-        )
-    if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
-        raise ValueError(
-            f"An average's coefficients are finite and not negative, but got {listed}. With a "
-            "negative one the result leaves the checkpoints' range."
+            f"An average of {count} checkpoints takes as many coefficients, finite and not "
+            f"negative, but got {listed}."
         )
     # Coefficients that were computed in fp32, or have seven digits, sum to 1 within this.
     if abs(total - 1) > 1e-6:
         raise ValueError(
-            f"The coefficients {listed} sum to {total:.9g}, not to 1, and would scale the weights. "
-            "Divide each by the sum."
+            f"The coefficients {listed} sum to {total:.9g}, not to 1. Divide each by the sum."
         )
     return [factor / total for factor in factors]
 
 
 def _check_alike(opened: Sequence[Checkpoint], dtype: torch.dtype | None) -> None:
     """Raise ValueError unless all have tensors of the same names, shapes and kinds."""
-    first, *others = opened
-    for name, tensor in first.tensors.items():
-        if is_averageable(tensor) and tensor.dtype not in REAL_DTYPE:
-            raise ValueError(
-                f"'{name}' in '{first.path}' is {tensor.dtype}, whose values mean nothing without "
-                "their scales, and cannot be averaged. Convert the checkpoints to bf16 first."
-            )
+    first = opened[0]
+    for other in opened:
+        for name in sorted(first.tensors.keys() | other.tensors.keys()):
+            kind, found = (_kind(one.tensors.get(name), dtype) for one in (first, other))
+            if kind != found:
+                raise ValueError(
+                    f"'{name}' is {kind} in '{first.path}', but {found} in '{other.path}'. Only "
+                    "checkpoints of one model can be averaged; of several floating dtypes, if "
+                    "dtype= (on the command line --dtype) says which the result gets."
+                )
+            tensor = first.tensors[name]
+            if is_averageable(tensor) and tensor.dtype not in REAL_DTYPE:
+                raise ValueError(
+                    f"'{name}' is {tensor.dtype}, whose values mean nothing without their scales, "
+                    "and cannot be averaged. Convert the checkpoints to bf16 first."
+                )
 
-    def kinds(one: Checkpoint) -> dict[str, str]:
-        return {
-            name: f"{'floating' if dtype and tensor.dtype in FLOATS else tensor.dtype}"
-            f" {[*tensor.shape]}"
-            for name, tensor in one.tensors.items()
-        }
 
-    expected = kinds(first)
-    for other in others:
-        found = kinds(other)
-        names = sorted(expected.keys() | found.keys())
-        different = [name for name in names if expected.get(name) != found.get(name)]
-        if different:
-            shown = "; ".join(
-                f"'{name}' is {expected.get(name, 'absent')} and {found.get(name, 'absent')}"
-                for name in different[:5]
-            )
-            raise ValueError(
-                f"'{first.path}' and '{other.path}' differ in {len(different)} tensors: {shown}. "
-                "Only checkpoints of one model can be averaged; of several floating dtypes, if "
-                "dtype= (on the command line --dtype) says which the result gets. Nothing was "
-                "written."
-            )
+def _kind(tensor: Tensor | None, dtype: torch.dtype | None) -> str:
+    if tensor is None:
+        return "absent"
+    floating = dtype is not None and tensor.dtype in FLOATS
+    return f"{'floating' if floating else tensor.dtype} {[*tensor.shape]}"
 
 
 def _sha256(path: str) -> str:

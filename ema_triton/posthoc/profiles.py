@@ -17,14 +17,11 @@ MOST = 512  # snapshots to think of, which are solved in a second
 
 
 def gram(momenta: Tensor, vectors: Sequence[tuple[int, int]]) -> Tensor:
-    """The inner products of profiles, exact for any momenta.
+    """The inner products of profiles, [vectors, vectors], exact for any momenta.
 
     Args:
         momenta: fp64 [events, averages], of each event and average.
         vectors: Of each profile, after how many events which average had it.
-
-    Returns:
-        fp64 [vectors, vectors].
 
     Example:
         >>> momenta = torch.tensor([[0.5], [0.5]], dtype=torch.float64)
@@ -80,30 +77,21 @@ def momenta_of(weights: Tensor) -> Tensor:
 
 
 class Solution(NamedTuple):
-    """The best combination of profiles for a target.
+    """The best combination of profiles for a target; its errors are those of `Reconstruction`."""
 
-    Attributes:
-        coefficients: fp64, one per profile; their sum is 1.
-        profile_error: How far the combination's profile is from the target's, as a fraction of
-            that one's norm. Below 1e-8 fp64 tells no difference from 0.
-        noise_gain: The coefficients' 2-norm, by which the snapshots' rounding grows.
-        expected_error: Of profile and rounding together, as a fraction of the weights.
-        condition: Of the equations, each profile normalised. Near 1e15 fp64 comes to its end, and
-            directions that it cannot tell apart are left out.
-    """
-
-    coefficients: Tensor
+    coefficients: Tensor  # fp64, one per profile; their sum is 1
     profile_error: float
     noise_gain: float
     expected_error: float
-    condition: float
+    condition: float  # each profile normalised
 
 
 def solve(matrix: Tensor, noise: Tensor) -> list[Solution]:
     """Combine profiles with coefficients of sum 1, for each target such that its error is least.
 
     It is the sum of the squares of the profile error and of the rounding that the snapshots' dtypes
-    make, as a fraction of the weights: a ridge, as strong as the known noise.
+    make, as a fraction of the weights: a ridge, as strong as the known noise. Directions that fp64
+    cannot tell apart are left out.
 
     Args:
         matrix: The Gram matrix of the profiles, and after them the targets', fp64.
@@ -124,17 +112,9 @@ def solve(matrix: Tensor, noise: Tensor) -> list[Solution]:
             for right in (products, torch.ones_like(products))
         )
         x = best + towards * ((1 - best.sum()) / towards.sum())
-        error = float(x @ own @ x - 2 * (x @ products)) / square + 1
-        rounding = float(((noise * x) ** 2).sum())
-        solutions.append(
-            Solution(
-                coefficients=x,
-                profile_error=max(error, 0.0) ** 0.5,
-                noise_gain=float(x.norm()),
-                expected_error=(max(error, 0.0) + rounding) ** 0.5,
-                condition=condition,
-            )
-        )
+        error = max(float(x @ own @ x - 2 * (x @ products)) / square + 1, 0.0)
+        expected = (error + float(((noise * x) ** 2).sum())) ** 0.5
+        solutions.append(Solution(x, error**0.5, float(x.norm()), expected, condition))
     return solutions
 
 
@@ -149,10 +129,10 @@ def spacing_needed(
     """Every how many updates it takes more snapshots for a profile error; None: no number does.
 
     Args:
-        momenta: As of `gram`.
+        momenta: As of `gram`, as are the vectors of the snapshots that there are, and the target's.
         updates: Of each event, the number of updates up to it, int64 [events].
-        own: The vectors of the snapshots that there are.
-        target: The target's vector.
+        own: The snapshots.
+        target: The target.
         noise: As of `solve`, of one more snapshot.
         wanted: The profile error.
     """

@@ -27,6 +27,8 @@ WARN, REFUSE = 0.02, 0.2
 # the value 0.2 eps.
 RELATIVE_ROUNDING = 0.2
 
+ERRORS = ("profile_error", "noise_gain", "expected_error", "condition")
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -97,8 +99,8 @@ def solve_for(
         if entry["factors"] != last["factors"]:
             raise ValueError(
                 f"'{entry['file']}' and '{last['file']}' have other averaged tensors or momentum "
-                "factors, and cannot be combined. Take another folder when changing the model, "
-                "include, exclude or momentum_scale."
+                "factors. Take another folder when changing the model, include, exclude or "
+                "momentum_scale."
             )
     reasons = [reason for since, reason in log.inexact if since <= until]
     if reasons:
@@ -119,25 +121,20 @@ def solve_for(
         unknown = momenta[: max(max(own)[0], end)].isnan().any(1).nonzero()
         if len(unknown):
             raise ValueError(
-                f"The momentum of update {int(updates[unknown[0]])} is unknown, and the average "
-                "had no schedule that would tell. Call record(ema) before the first update, and "
-                "give floats."
+                f"The momentum of update {int(updates[unknown[0]])} is unknown, and there was no "
+                "schedule. Call record(ema) before the first update, and give floats."
             )
         solutions = solve(gram(momenta, own + wanted), noise)
         solved.systems[factor] = System(momenta, updates, own + wanted, solutions)
         for target, vector, solution in zip(targets, wanted, solutions, strict=True):
             if solution.profile_error > WARN:
-                every = spacing_needed(momenta, updates, own, vector, noise[-1], WARN)
-                needed = f"With snapshots every {every} updates from 0 on it is below {WARN:.0%}."
-                if not every:
-                    needed = (
-                        "More snapshots of these averages would not do either: it takes some of an "
-                        "average with this schedule, or one more like it."
-                    )
                 what = "the weights" if isinstance(target, Tensor) else target
+                every = spacing_needed(momenta, updates, own, vector, noise[-1], WARN)
+                more = f"every {every} updates from 0 on" if every else "of an average more like it"
                 _complain(
                     f"These snapshots do not make {what} at update {at}: the profile error is "
-                    f"{solution.profile_error:.1%} of its norm. {needed}",
+                    f"{solution.profile_error:.1%} of its norm. Below {WARN:.0%} it is with "
+                    f"snapshots {more}.",
                     refused=solution.profile_error > REFUSE and not approximate,
                 )
     return solved
@@ -170,41 +167,32 @@ def rebuild(folder: Path, solved: Solved) -> list[Reconstruction]:
     last = ([one for one in entries if one["update_index"] <= at] or entries)[-1]
     openers = [_opener(folder, entry) for entry in entries]
     read = _opener(folder, last)()
-    shown = next(iter(systems.values())).solutions
-    results: list[dict[str, Tensor]] = [{} for _ in shown]
-    for weights in results:
-        weights |= {name: read(name).clone() for name in last["copied"]}
-        for name in last["factors"]:
-            dtype = torch.promote_types(read(name).dtype, torch.float32)
-            weights[name] = torch.empty(read(name).shape, dtype=dtype)
     shapes = {name: read(name).shape for name in last["factors"]}
-    of_factor = {
+    coefficients = {
         factor: [solution.coefficients.tolist() for solution in system.solutions]
         for factor, system in systems.items()
     }
+    shown = next(iter(coefficients.values()))
+    results: list[dict[str, Tensor]] = [{} for _ in shown]
+    for weights in results:
+        weights |= {name: read(name).clone() for name in last["copied"]}
+        for name, shape in shapes.items():
+            dtype = torch.promote_types(read(name).dtype, torch.float32)
+            weights[name] = torch.empty(shape, dtype=dtype)
     for names in with_progress(_grouped(shapes), "reconstruct"):
         readers = (
             partial(_checked, opener(), folder / entry["file"], shapes)
             for opener, entry in zip(openers, entries, strict=True)
         )
-        add_up(readers, {name: of_factor[last["factors"][name]] for name in names}, results)
+        add_up(readers, {name: coefficients[last["factors"][name]] for name in names}, results)
     found = []
     for number, weights in enumerate(results):
         weights |= {name: torch.view_as_complex(weights[name]) for name in last["complex"]}
         weights |= {name: weights[first] for name, first in last["ties"].items()}
         solutions = [system.solutions[number] for system in systems.values()]
-        x = shown[number].coefficients.tolist()
-        found.append(
-            Reconstruction(
-                weights=weights,
-                update_index=at,
-                profile_error=max(one.profile_error for one in solutions),
-                noise_gain=max(one.noise_gain for one in solutions),
-                expected_error=max(one.expected_error for one in solutions),
-                condition=max(one.condition for one in solutions),
-                coefficients={e["file"]: c for e, c in zip(entries, x, strict=True)},
-            )
-        )
+        errors = {name: max(getattr(one, name) for one in solutions) for name in ERRORS}
+        x = {entry["file"]: x for entry, x in zip(entries, shown[number], strict=True)}
+        found.append(Reconstruction(weights=weights, update_index=at, coefficients=x, **errors))
     return found
 
 

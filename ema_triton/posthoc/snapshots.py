@@ -80,10 +80,8 @@ class Snapshots:
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
     ) -> None:
         if dtype not in FLOATS:
-            raise ValueError(
-                f"dtype can only be one of {', '.join(map(str, FLOATS))}, but got {dtype!r}. It is "
-                "that of the averages in the files."
-            )
+            names = ", ".join(map(str, FLOATS))
+            raise ValueError(f"dtype, of the files, can only be one of {names}, but got {dtype!r}.")
         self.folder, self.dtype = Path(folder), dtype
         self._log = Log()
         if (self.folder / LOG).exists():
@@ -114,9 +112,7 @@ class Snapshots:
 
         Example:
             >>> pair = [PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.28)]
-            >>> snapshots = Snapshots.from_ema_pytorch(
-            ...     "post-hoc-ema-checkpoints", pair, update_every=10
-            ... )  # doctest: +SKIP
+            >>> Snapshots.from_ema_pytorch("folder", pair, update_every=10)  # doctest: +SKIP
         """
         every, snapshots = check_count("update_every", update_every), cls(folder)
         matches = [re.fullmatch(r"(\d+)\.(\d+)\.pt", path.name) for path in Path(folder).glob("*")]
@@ -126,8 +122,7 @@ class Snapshots:
             raise ValueError(
                 f"'{folder}' has files of the averages {', '.join(map(str, numbers)) or 'none'}, "
                 f"by their names, <average>.<step>.pt, but {len(schedules)} schedules were given. "
-                "Which momenta the averages had is not in the files: give the schedules of all of "
-                "PostHocEMA's sigma_rels or gammas, in their order."
+                "Give those of all of PostHocEMA's sigma_rels or gammas, which no file has."
             )
         last = files[-1][-1]
         saved: Any = read_file(Path(folder) / last, mapped=True)
@@ -179,8 +174,7 @@ class Snapshots:
         if self._log.averages and self._log.averages != [*averages]:
             raise ValueError(
                 f"The snapshots in '{self.folder}' are of the averages "
-                f"{quoted(self._log.averages)}, but got {quoted([*averages])}. One log cannot tell "
-                "of both. Give another folder, or the same averages."
+                f"{quoted(self._log.averages)}, but got {quoted([*averages])}. Give another folder."
             )
         self._log.averages = [*averages]
         for number, average in enumerate(averages.values()):
@@ -252,10 +246,13 @@ class Snapshots:
         new = self.folder / NEW
         if entry["average"] == 0:
             shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-            new.mkdir(parents=True)
-        pairs = average._planner.latest().averaged
-        factors = {pair.name: pair.scale for pair in pairs if pair.scale is not None}
-        ties = {name: pair.name for pair in pairs for name in pair.names[1:]}
+        new.mkdir(parents=True, exist_ok=True)
+        factors, ties = dict[str, float](), dict[str, str]()
+        for pair in average._planner.latest().averaged:
+            first, *others = [name for name in pair.names if name in state["weights"]] or [""]
+            ties |= dict.fromkeys(others, first)
+            if first and pair.scale is not None:
+                factors[first] = pair.scale
         tensors = {name: value for name, value in state["weights"].items() if name not in ties}
         for name in factors:
             value, residual = as_real(tensors[name]), state["residuals"].get(name)
@@ -264,8 +261,7 @@ class Snapshots:
             if bool(tensors[name].isinf().any()) and not bool(exact.isinf().any()):
                 raise ValueError(
                     f"'{name}' has values up to {float(exact.abs().max()):.3g}, too large for "
-                    f"snapshots in {self.dtype}, which would have Inf. Nothing was written. "
-                    "Give Snapshots another dtype."
+                    f"{self.dtype}. Nothing was written. Give Snapshots another dtype."
                 )
         described = {
             "token": entry["token"],
@@ -313,17 +309,13 @@ class Snapshots:
 
     def __repr__(self) -> str:
         """How many there are, from when, and how large."""
-        found = self._present()
+        text, found, names = f"Snapshots('{self.folder}'): ", self._present(), self._log.averages
         if not found:
-            return f"Snapshots('{self.folder}'): none yet"
-        indices = [one["update_index"] for one in found]
-        names = ", ".join(self._log.averages)
-        dtypes = ", ".join(sorted({one["dtype"] for one in found}))
-        text = (
-            f"Snapshots('{self.folder}'): {len(found)} of {len(self._log.averages)} averages "
-            f"({names}), from update {min(indices)} to {max(indices)}, "
-            f"{sum(one['size'] for one in found) / 1e6:.1f} MB in {dtypes}"
-        )
+            return f"{text}none yet"
+        first, last = (found[number]["update_index"] for number in (0, -1))
+        size = sum(one["size"] for one in found) / 1e6
+        text += f"{len(found)} of {len(names)} averages ({', '.join(names)}), from update {first} "
+        text += f"to {last}, {size:.1f} MB in {', '.join(sorted({one['dtype'] for one in found}))}"
         reasons = "; ".join(reason for _, reason in self._log.inexact)
         return f"{text}; inexact: {reasons}" if reasons else text
 
@@ -372,8 +364,8 @@ class Snapshots:
         entries = self._present()
         if not entries:
             raise ValueError(
-                f"There are no snapshots in '{self.folder}', so there is nothing to combine. Give "
-                "the folder in which a training saves them: Snapshots(folder).save(ema)."
+                f"There are no snapshots in '{self.folder}'. Give the folder in which a training "
+                "saves them: Snapshots(folder).save(ema)."
             )
         return solve_for(targets, self._log, entries, at, approximate=approximate)
 

@@ -197,13 +197,12 @@ def test_an_ema_and_a_model_load_it(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("coefficients", "text"),
     [
-        ([0.5, 0.25], "There are 2 coefficients (0.5,0.25) for 3 checkpoints."),
-        ([1, 2, 1], "1,2,1 sum to 4, not to 1, and would scale the weights. Divide each by the "
-         "sum."),
+        ([0.5, 0.25], "An average of 3 checkpoints takes as many coefficients, finite and not "
+         "negative, but got 0.5,0.25."),
+        ([1, 2, 1], "1,2,1 sum to 4, not to 1. Divide each by the sum."),
         ([0.3333, 0.3333, 0.3333], "sum to 0.9999, not to 1"),
-        ([0, 0, 0], "sum to 0, not to 1, and would scale the weights. Divide each by the sum."),
-        ([1.5, -1, 0.5], "finite and not negative, but got 1.5,-1,0.5. With a negative one the "
-         "result leaves the checkpoints' range."),
+        ([0, 0, 0], "sum to 0, not to 1. Divide each by the sum."),
+        ([1.5, -1, 0.5], "finite and not negative, but got 1.5,-1,0.5."),
         ([1, float("nan"), 0], "finite and not negative, but got 1,nan,0"),
         ("sqrt", "Coefficients have a shape, equal, linear, 1-sqrt, cosine, or are a number for "
          "each checkpoint, but got 'sqrt'."),
@@ -228,13 +227,14 @@ def test_coefficients_that_were_rounded_sum_to_one(tmp_path) -> None:
 
 W = torch.ones(2, 3)
 DIFFERENT = [
-    ({"w": W, "b": W}, {"w": W}, {}, "differ in 1 tensors: 'b' is torch.float32 [2, 3] and absent. "
-     "Only checkpoints of one model can be averaged; of several floating dtypes, if dtype= (on the "
-     "command line --dtype) says which the result gets. Nothing was written."),
-    ({"w": W}, {"w": W, "c": W}, {}, "'c' is absent and torch.float32 [2, 3]. Only"),
-    ({"w": W}, {"w": W.t()}, {"dtype": torch.half}, "'w' is floating [2, 3] and floating [3, 2]."),
-    ({"w": W}, {"w": W.half()}, {}, "'w' is torch.float32 [2, 3] and torch.float16 [2, 3]."),
-    ({"w": W}, {"w": W.int()}, {"dtype": torch.half}, "is floating [2, 3] and torch.int32 [2, 3]."),
+    ({"w": W, "b": W}, {"w": W}, {}, "1.pt'. Only checkpoints of one model can be averaged; of "
+     "several floating dtypes, if dtype= (on the command line --dtype) says which the result "
+     "gets."),
+    ({"w": W, "b": W}, {"w": W}, {}, "'b' is torch.float32 [2, 3] in '"),
+    ({"w": W}, {"w": W, "c": W}, {}, "0.pt', but torch.float32 [2, 3] in '"),
+    ({"w": W}, {"w": W.t()}, {"dtype": torch.half}, "0.pt', but floating [3, 2] in '"),
+    ({"w": W}, {"w": W.half()}, {}, "0.pt', but torch.float16 [2, 3] in '"),
+    ({"w": W}, {"w": W.int()}, {"dtype": torch.half}, "0.pt', but torch.int32 [2, 3] in '"),
     ({"w": W.to(torch.float8_e4m3fn)}, {}, {}, "float8_e4m3fn, whose values mean nothing without"),
     ({"w": W.to(torch.complex128)}, {}, {}, "'w' cannot be written as safetensors (KeyError: "
      "torch.complex128)"),

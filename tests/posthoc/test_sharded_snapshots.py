@@ -53,7 +53,7 @@ def _fails_on_all_ranks(folder):
     with torch.no_grad():
         next(iter(model.parameters())).fill_(1e6)
     ema.sync()
-    with pytest.raises(ValueError, match=r"too large for snapshots in torch\.float16"):
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
         Snapshots(folder, dtype=torch.float16).save(ema)
 
 

@@ -538,3 +538,26 @@ def test_a_snapshot_that_was_deleted_is_done_without(tmp_path) -> None:
     (tmp_path / "00000005-0.05.safetensors").unlink()
     run.check()
     assert "23 of 2 averages" in str(run.snapshots)
+
+
+def test_an_averaged_buffer_that_is_not_persistent_is_in_no_snapshot(tmp_path) -> None:
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    ema = ModelEMA(model, handle_buffers="update")
+    snapshots = Snapshots(tmp_path)
+    snapshots.record(ema)
+    ema.update(0.5)
+    snapshots.save(ema)
+    result = snapshots.reconstruct(Constant(0.5))
+    assert result.weights.keys() == model.state_dict().keys()
+
+
+def test_snapshots_in_fp64_give_an_average_in_fp64(tmp_path) -> None:
+    run = Run(tmp_path)
+    run.snapshots.dtype = torch.float64
+    run.go_on(60)
+    again = Snapshots(tmp_path).reconstruct(PAIR["0.10"])
+    expected = run.bank["0.10"].ema_model.weight
+    assert again.weights["weight"].dtype == torch.float64
+    torch.testing.assert_close(again.weights["weight"], expected, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(again.weights["weight"].float().double(), expected)
