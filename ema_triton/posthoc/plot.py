@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ema_triton.posthoc.profiles import profile
+from ema_triton.posthoc.reconstruct import solve_for
 from ema_triton.posthoc.snapshots import Snapshots
 from ema_triton.schedules import Schedule
 
@@ -48,7 +49,8 @@ def plot_profiles(
             "plot_profiles() takes the package matplotlib, which is not installed. Install it: "
             "pip install matplotlib."
         ) from error
-    solved = snapshots.solve([target], at=at, approximate=approximate)
+    found = snapshots._present()
+    solved = solve_for([target], snapshots._log, found, at, approximate=approximate)
     momenta, updates, ends, (solution,) = next(iter(solved.systems.values()))
     *own, wanted = (profile(momenta[:end, average]) for end, average in ends)
     rebuilt = torch.zeros(max(map(len, own)), dtype=wanted.dtype)

@@ -87,6 +87,11 @@ def solve_for(
 
     `entries` are the snapshots that are there, in their order, with their files' metadata.
     """
+    if not entries:
+        raise ValueError(
+            "There are no snapshots in the folder. Give the one in which a training saves them: "
+            "Snapshots(folder).save(ema)."
+        )
     at = entries[-1]["update_index"] if at is None else at
     if not 1 <= at <= log.updates:
         raise ValueError(f"at={at}, but the log has updates 1 to {log.updates}. Give one of them.")

@@ -29,7 +29,7 @@ from ema_triton.modules import are_sharded
 from ema_triton.ops.precision import RESIDUAL_DTYPE, as_real, join_residual
 from ema_triton.pairing import FLOATS, quoted
 from ema_triton.posthoc.log import ALL, Log
-from ema_triton.posthoc.reconstruct import Reconstruction, Solved, rebuild, solve_for
+from ema_triton.posthoc.reconstruct import Reconstruction, rebuild, solve_for
 from ema_triton.schedules import PowerFunction, Schedule, check_count
 from ema_triton.selection import Selection
 
@@ -355,19 +355,9 @@ class Snapshots:
         approximate: bool = False,
     ) -> list[Reconstruction]:
         """The same of several targets, in one pass over the files."""
-        return rebuild(self.folder, self.solve(targets, at=at, approximate=approximate))
-
-    def solve(
-        self, targets: Sequence[Schedule | Tensor], *, at: int | None, approximate: bool
-    ) -> Solved:
-        """What `reconstruct` solves, from the log alone."""
-        entries = self._present()
-        if not entries:
-            raise ValueError(
-                f"There are no snapshots in '{self.folder}'. Give the folder in which a training "
-                "saves them: Snapshots(folder).save(ema)."
-            )
-        return solve_for(targets, self._log, entries, at, approximate=approximate)
+        found = self._present()
+        solved = solve_for(targets, self._log, found, at, approximate=approximate)
+        return rebuild(self.folder, solved)
 
 
 def averages_of(ema: ModelEMA | EMABank) -> dict[str, ModelEMA]:
