@@ -87,11 +87,9 @@ def _opened(given: argparse.Namespace) -> Snapshots:
     return Snapshots(given.folder)
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from error
+def numbers(text: str) -> list[float]:
+    """An argument's numbers, with commas between; argparse says "invalid numbers value"."""
+    return [float(number) for number in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("folder", metavar="FOLDER", help="where a training saves its snapshots")
         text = "where ema-pytorch's PostHocEMA with these sigma_rels saves its checkpoints"
-        add("--ema-pytorch", metavar="S,S,...", type=_numbers, help=text)
+        add("--ema-pytorch", metavar="S,S,...", type=numbers, help=text)
         text = "that PostHocEMA's (default: 100, as its own)"
         add("--update-every", type=int, default=100, metavar="N", help=text)
     for command in added[1:]:
@@ -142,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     either.add_argument("--shape", choices=merging.DECAYS, help=text)
     text = "or a number for each checkpoint, none of them negative, which sum to 1"
-    either.add_argument("--coefficients", metavar="C,C,...", type=_numbers, help=text)
+    either.add_argument("--coefficients", metavar="C,C,...", type=numbers, help=text)
     add("--dtype", choices=DTYPES, help="of the result (default: the checkpoints')")
     add("--key", help="where the weights are in nested checkpoints, e.g. model or ema.weights")
     return parser
