@@ -229,7 +229,7 @@ def print_end(args: argparse.Namespace) -> None:
     print("\nMade:")
     width = max(len(str(path)) for path in made)
     for path, meaning in made.items():
-        print(f"  {str(path):{width}}   {meaning}")
+        print(f"  {path!s:{width}}   {meaning}")
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())

@@ -175,3 +175,19 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
         done = run(tmp_path, *arguments)
         assert done.returncode == 2
         assert text in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_says_what_it_installs_before_it_does(tmp_path: Path) -> None:
+    def steps(*files: str) -> str:
+        for file in files:
+            (tmp_path / file).touch()
+        make = ["make", "--dry-run", "demo", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
+        done = subprocess.run(make, cwd=DEMO.parents[1], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    fresh = steps()
+    said, installed = fresh.index("2 GB"), fresh.index("pip install")
+    assert said < fresh.index("half a minute") < installed < fresh.index("examples/digits.py")
+    # A control: where all is installed, nothing is said or done but the demo.
+    assert steps(".installed").strip() == f"{tmp_path}/bin/python examples/digits.py"
