@@ -1,6 +1,6 @@
 """`python -m bench drift`: how far each precision strays from a float64 EMA in a long run.
 
-Writes a table of its course, a picture, and the table of precisions of docs/precision.md.
+Writes a table of its course, a picture, and the table of docs/precision.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.results import FOLDER
 from ema_triton import ModelEMA
 from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, join_residual
 
-PAGE = report.DOCS / "precision.md"
+PAGE = report.ROOT / "docs" / "precision.md"
 BEGIN, END = "<!-- python -m bench drift -->", "<!-- end of the drift -->"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -144,8 +144,8 @@ def load(path: Path) -> list[Point]:
 
 
 def section(points: list[Point]) -> str:
-    """The page's table and picture."""
-    picture = report.link(FOLDER / "drift.png")
+    """The page's table and picture, which docs/hooks.py takes into the site."""
+    picture = f"../{(FOLDER / 'drift.png').relative_to(report.ROOT)}"
     return f"{table(points)}\n\n![The course of each precision]({picture})"
 
 

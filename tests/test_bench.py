@@ -267,7 +267,7 @@ def test_spread() -> None:
 
 
 def test_drift(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "precision.md"
     page.write_text(f"before\n{drift.BEGIN}\nold\n{drift.END}\nafter\n")
     drift.main(SimpleNamespace(updates=200, out=tmp_path, page=page))
     points = drift.load(tmp_path / "drift.csv")
