@@ -1,12 +1,14 @@
-"""`python -m bench report`: the tables and pictures of results files, and the README's section."""
+"""`python -m bench report`: the tables and pictures of results files, and the pages with them."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import noise
 from bench.models import ARCHITECTURES, COUNTS, MANY_SMALL, SIZES, Model
 from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, Spread, StepRow
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+# A page for each kind of device: no table of a CPU stands under a headline of a GPU.
+PAGES = {"cuda": "benchmarks.md", "cpu": "benchmarks-cpu.md"}
 BEGIN, END = "<!-- python -m bench report -->", "<!-- end of the report -->"
 
 # What is measured, by kind of device; the first is shown for every case and in the pictures.
@@ -43,53 +47,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the pictures go")
-    parser.add_argument("--readme", type=Path, default=README, help="whose section is replaced")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the pages are")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw the pictures, replace the README's section."""
+    """Draw the pictures, replace the section of each page whose kind of device was measured."""
     found = [Results.load(path) for path in args.files]
     for results in found:
         for path in draw(results, args.out):
             print(f"picture: {path}")
-    text = args.readme.read_text()
-    args.readme.write_text(with_section(text, section(found)))
-    print(f"section: {args.readme}")
+    for device, name in PAGES.items():
+        if measured := [results for results in found if results.machine.device == device]:
+            page = args.docs / name
+            page.write_text(with_section(page.read_text(), section(measured)))
+            print(f"page: {page}")
 
 
-def with_section(readme: str, new: str, first: str = BEGIN, last: str = END) -> str:
-    """The README with `new` between its markers.
+def with_section(page: str, new: str, first: str = BEGIN, last: str = END) -> str:
+    """The page with `new` between its markers.
 
     Raises:
         ValueError: A marker is missing.
     """
-    before, begin, rest = readme.partition(first)
+    before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"The README must have the lines {first} and {last}, in this order.")
+        raise ValueError(f"The page must have the lines {first} and {last}, in this order.")
     return f"{before}{begin}\n{new}\n{end}{after}"
 
 
 def section(found: list[Results]) -> str:
-    """The README's section about speed: what was measured, and what was not."""
-    found = sorted(found, key=lambda results: (results.machine.slug, results.kind == "step"))
+    """A page's tables and pictures: what was measured on one kind of device."""
     parts = []
-    if not any(results.machine.device == "cuda" for results in found):
-        parts.append(
-            "**No GPU has been measured yet**, so no figure for one is claimed. `python -m bench "
-            "run` on a machine with one measures it."
-        )
-    for results in found:
+    for results in sorted(found, key=lambda one: (one.machine.slug, one.kind == "step")):
         heading = "One update" if results.kind == "update" else "A training step"
-        parts += [f"### {heading} on {results.machine.name}", table(results)]
+        parts += [f"## {heading} on {results.machine.name}", table(results)]
         if results.kind == "update":
-            parts.append(
-                "\n".join(
-                    f"![{title}]({path.relative_to(ROOT)})"
-                    for title, path in _pictures(results).values()
-                )
-            )
+            shown = _pictures(results).values()
+            parts.append("\n".join(f"![{title}]({link(path)})" for title, path in shown))
     return "\n\n".join(parts)
+
+
+def link(picture: Path) -> str:
+    """Where a picture is, seen from a page."""
+    return f"../{picture.relative_to(ROOT)}"
 
 
 def table(results: Results) -> str:
@@ -129,7 +130,7 @@ def _rate_table(results: Results) -> str:
     """How close ours comes to the memory's limit, in every case."""
     figure = MAIN_FIGURE[results.machine.device]
     cases = [*dict.fromkeys(row.case for row in results.rows)]
-    models = _grid(results, cases[0], figure)[0]
+    models, floors = _grid(results, cases[0], figure)[0], noise.floors(results)
     lines = ["**Ours**, GB/s of the bytes that must move, and share of a copy of as many bytes"]
     lines += ["", *_head(models)]
     for case in cases:
@@ -140,10 +141,11 @@ def _rate_table(results: Results) -> str:
             if best is None or limit is None:
                 texts.append("–")
             else:
-                rate = best.bytes / _main_spread(best).median / 1e3
-                texts.append(
-                    f"{rate:.3g}, {_main_spread(limit).median / _main_spread(best).median:.0%}"
-                )
+                ours, copy = best.times[figure], limit.times[figure]
+                share = f"{copy.median / ours.median:.0%}"
+                if not noise.differ(ours, copy, floors[model, figure]):
+                    share = noise.EQUAL
+                texts.append(f"{best.bytes / ours.median / 1e3:.3g}, {share}")
         lines.append(f"| {case} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -151,13 +153,18 @@ def _rate_table(results: Results) -> str:
 def _update_table(results: Results, case: str, figure: str, meaning: str) -> str:
     """Medians of one figure in one case."""
     models, names, cells = _grid(results, case, figure)
+    floors = noise.floors(results)
+    floor = [floors[model, figure] for model in models]
     lines = [f"**{case}** (EMA ← online), {meaning}; milliseconds, and times the fastest of ours"]
     lines += ["", *_head(models)]
     for name in names:
         texts = [
-            _cell(cells.get((name, model)), _best(cells, model, figure), figure) for model in models
+            _cell(cells.get((name, model)), _best(cells, model, figure), figure, least)
+            for model, least in zip(models, floor, strict=True)
         ]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    texts = [f"{least:.2f}×" if least < math.inf else "unknown" for least in floor]
+    lines.append("| *noise floor* | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
@@ -209,13 +216,17 @@ def _best(cells: dict[tuple[str, str], Row], model: str, figure: str) -> Row | N
     return min(ours, key=lambda row: row.times[figure].median, default=None)
 
 
-def _cell(row: Row | None, best: Row | None, figure: str) -> str:
+def _cell(row: Row | None, best: Row | None, figure: str, floor: float) -> str:
     if row is None:
         return "–"
-    text = _milliseconds(row.times[figure].median)
-    if best is not None and row is not best:
-        text += f" ({_ratio(row.times[figure].median / best.times[figure].median)}×)"
-    return text
+    time = row.times[figure]
+    text = _milliseconds(time.median)
+    if best is None or row is best:
+        return text
+    ours = best.times[figure]
+    if not noise.differ(time, ours, floor):
+        return f"{text} ({noise.EQUAL})"
+    return f"{text} ({_ratio(time.median / ours.median)}×)"
 
 
 def _main_spread(row: Row) -> Spread:
@@ -228,7 +239,8 @@ def _milliseconds(microseconds: float) -> str:
 
 
 def _ratio(ratio: float) -> str:
-    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2f}"
+    digits = 0 if ratio >= 9.95 else 1 if ratio >= 1.095 else 2 if ratio >= 0.0095 else 3
+    return f"{ratio:.{digits}f}"
 
 
 def _remarks(results: Results) -> str:
@@ -242,14 +254,10 @@ def _remarks(results: Results) -> str:
         f"- Each is the median of {min(counts)} to {max(counts)} updates, caches flushed before "
         "each, peers taking turns; 10 % to 90 % of the timings span "
         f"{statistics.median(map(_span, timed)):.0%} of the median (median over all). Every "
-        "peer's EMA was held against float64 first."
+        "peer's EMA was held against float64 first.",
+        f"- {noise.EQUAL}: not told apart. The medians are within the noise floor, by which two "
+        "timings of the same update differ, or one is among the other's 10 % to 90 %.",
     ]
-    noise = _noise(results)
-    if noise:
-        lines.append(
-            f"- Noise: two timings of the same update differ by {statistics.median(noise):.0%} "
-            f"(median over models and cases), at most by {max(noise):.0%}."
-        )
     graphless = {(row.peer, row.reason): None for row in timed if row.reason}
     lines += [f"- {peer}: {reason}." for peer, reason in graphless]
     lines += _changing(results, figure)
@@ -272,16 +280,6 @@ def _refusals(rows: list[Row]) -> list[str]:
     return [f"- {', '.join(who)}: {why} ({where})." for (why, where), who in names.items()]
 
 
-def _noise(results: Results) -> list[float]:
-    """How far second timings are from the first; each stands behind its peer's row."""
-    figure = MAIN_FIGURE[results.machine.device]
-    return [
-        abs(again.times[figure].median / first.times[figure].median - 1)
-        for first, again in zip(results.rows, results.rows[1:], strict=False)
-        if again.peer == AGAIN
-    ]
-
-
 def _span(row: Row) -> float:
     spread = _main_spread(row)
     return (spread.high - spread.low) / spread.median
@@ -293,14 +291,17 @@ def _changing(results: Results, figure: str) -> list[str]:
     for row in results.rows:
         if row.peer not in (LIMIT, AGAIN):
             pairs.setdefault((row.peer, row.model, row.case), {})[row.schedule] = row
+    floors = noise.floors(results)
     ratios: dict[str, list[float]] = {}
     lines: dict[str, None] = {}
-    for (peer, _, _), both in pairs.items():
+    for (peer, model, _), both in pairs.items():
         constant, changing = both["constant"], both.get("changing")
         if not constant.times or changing is None:
             continue
         if changing.times:
-            ratio = changing.times[figure].median / constant.times[figure].median
+            times = changing.times[figure], constant.times[figure]
+            costs = noise.differ(*times, floors[model, figure])
+            ratio = times[0].median / times[1].median if costs else 1.0
             ratios.setdefault(peer, []).append(ratio)
         else:
             lines[f"- {peer}: no λ that changes, {changing.reason}."] = None
@@ -319,8 +320,8 @@ def _step_tables(results: Results) -> str:
         _provenance(results),
         "",
         "A step is forward, backward and AdamW in fp32; milliseconds that the EMA adds to it "
-        "(median over rounds), and percent of the step. What the second timing without EMA adds, "
-        f"{AGAIN}, is noise.",
+        f"(median over rounds), and percent of the step. {noise.EQUAL} is what is not told from "
+        "the noise: 10 % to 90 % of what a second training without EMA adds.",
         "",
         *_head(models),
     ]
@@ -332,10 +333,15 @@ def _step_tables(results: Results) -> str:
                 texts.append(row.status)
             elif peer == NO_EMA:
                 texts.append(f"step: {_milliseconds(row.step.median)}")
+            elif peer == AGAIN:
+                texts.append(f"{row.added.low / 1e3:+.2f} to {row.added.high / 1e3:+.2f}")
+            elif not noise.adds(row, rows):
+                texts.append(noise.EQUAL)
             else:
                 added = row.added.median
                 texts.append(f"{added / 1e3:+.2f} ({added / bare.step.median:+.1%})")
-        lines.append(f"| {peer} | " + " | ".join(texts) + " |")
+        name = "*noise*" if peer == AGAIN else peer
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
     reasons = dict.fromkeys(
         f"- {row.peer}: {row.status}, {row.reason}." for row in rows if row.step is None
     )
@@ -390,25 +396,31 @@ def _timed(results: Results, models: list[Model]) -> dict[str, dict[str, Row]]:
 def _draw_speedup(results: Results, axes: Axes) -> None:
     figure = MAIN_FIGURE[results.machine.device]
     timed = _timed(results, SPEEDUP)
-    models = [m.name for m in SPEEDUP if any(m.name in rows for rows in timed.values())]
     cells = {(peer, model): row for peer, rows in timed.items() for model, row in rows.items()}
+    models = [model.name for model in SPEEDUP if _best(cells, model.name, figure)]
     peers = [peer for peer in timed if peer not in (LIMIT, *OURS)]
-    height = 0.8 / max(len(peers), 1)
+    height, floors = 0.8 / max(len(peers), 1), noise.floors(results)
     for index, peer in enumerate(peers):
-        where, ratios = [], []
+        where, ratios, color = [], [], _color(peer, peers)
         for place, model in enumerate(models):
             best, row = _best(cells, model, figure), cells.get((peer, model))
-            if best is not None and row is not None:
-                where.append(place + (index - (len(peers) - 1) / 2) * height)
-                ratios.append(_main_spread(row).median / _main_spread(best).median)
-        beyond = [ratio - 1 for ratio in ratios]
-        axes.barh(where, beyond, height * 0.9, left=1, label=peer, color=_color(peer, peers))
+            if best is None or row is None:
+                continue
+            times = row.times[figure], best.times[figure]
+            at = place + (index - (len(peers) - 1) / 2) * height
+            if noise.differ(*times, floors[model, figure]):
+                where.append(at)
+                ratios.append(times[0].median / times[1].median)
+            else:
+                axes.text(1, at, noise.EQUAL, color=color, ha="center", va="center", weight="bold")
+        axes.barh(where, [ratio - 1 for ratio in ratios], height * 0.9, left=1, color=color)
+        axes.barh(0, 0, label=peer, color=color)  # the legend's, where it has none of its own
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("times as long as ours (fp32←fp32)")
+    axes.set_xlabel("times as long as ours (fp32←fp32); = is within the noise")
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_yticks(range(len(models)), models)
-    axes.invert_yaxis()
+    axes.set_ylim(len(models) - 0.5, -0.5)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(axis="x", alpha=0.3, which="both")
 

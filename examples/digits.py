@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -70,6 +71,11 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"argument --epochs: must be at least 1, but is {args.epochs}")
     if args.resume and newest_checkpoint(args.output) is None:
         parser.error(f"argument --resume: there is no checkpoint in {args.output}")
+    args.others = [
+        f"--{name}={getattr(args, name)}"
+        for name in ("device", "backend", "seed", "output")
+        if getattr(args, name) != parser.get_default(name)
+    ]
     return args
 
 
@@ -156,7 +162,8 @@ def train(args: argparse.Namespace) -> None:
     online_evaluator = create_supervised_evaluator(model, metrics, args.device)
     ema_evaluator = create_supervised_evaluator(handler.ema_model, metrics, args.device)
     bar = ProgressBar()
-    bar.attach(trainer, output_transform=lambda loss: {"loss": loss})
+    if sys.stdout.isatty() and sys.stderr.isatty():  # in a log, each of its steps would be a line
+        bar.attach(trainer, output_transform=lambda loss: {"loss": loss})
     history = History()
 
     @trainer.on(Events.EPOCH_STARTED)
@@ -176,6 +183,7 @@ def train(args: argparse.Namespace) -> None:
             f"epoch {engine.state.epoch:3d}   online {history.online[-1]:.4f}   "
             f"EMA {history.ema[-1]:.4f}   momentum {engine.state.ema_momentum:.4f}"
         )
+        sys.stdout.flush()  # into a pipe too
 
     to_save = {
         "model": model,
@@ -208,9 +216,26 @@ def train(args: argparse.Namespace) -> None:
                 bar.pbar.close()
     else:
         print(f"already finished: {trainer.state.epoch} epochs are done")
-    picture = args.output / "digits.png"
-    draw(history, picture)
-    print(f"picture: {picture}")
+    draw(history, args.output / "digits.png")
+    print_end(args)
+
+
+def print_end(args: argparse.Namespace) -> None:
+    """Say what was made, and how to go on."""
+    made = {
+        args.output / "digits.png": "a picture: accuracy of both models, and the momentum",
+        newest_checkpoint(args.output): "model, EMA, optimizer: all that a training goes on with",
+    }
+    print("\nMade:")
+    width = max(len(str(path)) for path in made)
+    for path, meaning in made.items():
+        print(f"  {path!s:{width}}   {meaning}")
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    again = [str(python), sys.argv[0], "--resume", f"--epochs={2 * args.epochs}", *args.others]
+    print(f"Train for as many epochs again:\n  {shlex.join(again)}")
+    print("Use it in your own training:\n  README.md, and the pages in docs/")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ model is evaluated with its own weights and, swapped in place, with those of the
 import argparse
 import pydoc_data.topics
 import shutil
+import sys
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -134,7 +135,9 @@ def train(_: int, options: argparse.Namespace) -> None:
     # An Engine has the two methods of a Stateful as well.
     everything = {"training": Training(model, optimizer), "ema": handler, "trainer": trainer}
 
-    if idist.get_rank() == 0 and not options.quiet:
+    # In a log, each step of the bar would be a line.
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if idist.get_rank() == 0 and on_terminal and not options.quiet:
         ProgressBar().attach(trainer, output_transform=lambda loss: {"loss": loss})
 
     @trainer.on(Events.EPOCH_COMPLETED)

@@ -77,7 +77,7 @@ def train(args: argparse.Namespace) -> tuple[Snapshots, EMABank]:
             tracked.update()
             if bank.update_index % every == 0:
                 snapshots.save(bank)
-        print(f"epoch {epoch:3d}   loss {float(loss):.3f}")
+        print(f"epoch {epoch:3d}   loss {float(loss):.3f}", flush=True)
     snapshots.save(bank)
     return snapshots, tracked
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from bench import __main__, cold, drift, gate, host, measure, peers, report, run
 from bench.measure import Stopwatch, Subject
 from bench.models import COUNTS, MODELS, SIZES, Model, make_module
 from bench.peers import Built
-from bench.results import AGAIN, FOLDER, LIMIT, NO_EMA, Results, Row, Spread, StepRow
+from bench.results import AGAIN, LIMIT, NO_EMA, Results, Row, Spread
 from tests.test_bench_capture import MACHINE
 
 ROOT = Path(__file__).parent.parent
@@ -267,105 +266,10 @@ def test_spread() -> None:
     assert Spread.of([float(value) for value in range(11)]) == Spread(11, 1.0, 5.0, 9.0)
 
 
-def row(peer: str, median: float, schedule: str = "constant", **facts) -> Row:
-    times = {} if facts.get("status") else {"wall": Spread(9, median, median, median)}
-    facts = {"status": "timed", **facts}
-    return Row(
-        "resnet50", 161, 1000, "fp32<-fp32", schedule, peer, bytes=12_000, times=times, **facts
-    )
-
-
-def made_up() -> Results:
-    rows = [
-        row(LIMIT, 900.0),
-        row("ema_triton (foreach)", 1000.0),
-        row(AGAIN, 1100.0),
-        row("ema_triton (foreach)", 1010.0, "changing"),
-        row("slow", 12_345.0),
-        row("slow", 30_000.0, "changing"),
-        row("bad", 0.0, status="wrong", reason="tensor 0 is off"),
-        row("gone", 0.0, status="absent", reason="ImportError: no"),
-        row("fixed", 500.0),
-        row("fixed", 0.0, "changing", status="error", reason="cannot"),
-    ]
-    return Results("update", MACHINE, "0123abcd", "2026-01-02", rows)
-
-
-def test_results_survive_the_file(tmp_path: Path) -> None:
-    results = made_up()
-    results.save(tmp_path / "new" / "r.json")
-    assert Results.load(tmp_path / "new" / "r.json") == results
-    spread = Spread(2, 1.0, 2.0, 3.0)
-    steps = [StepRow("cnn", 5, "p", "timed", "", spread, spread), StepRow("cnn", 5, "q", "absent")]
-    results = replace(results, kind="step", rows=steps)
-    results.save(tmp_path / "s.json")
-    assert Results.load(tmp_path / "s.json") == results
-    (tmp_path / "s.json").write_text(
-        (tmp_path / "s.json").read_text().replace('"schema": 1', '"schema": 0')
-    )
-    with pytest.raises(ValueError, match=r"not a results file of schema 1\. Measure again"):
-        Results.load(tmp_path / "s.json")
-
-
-def test_the_table_says_everything() -> None:
-    text = report.table(made_up())
-    for line in (
-        "Slow, 2 cores, 16 GiB, 2 CPU cores; Python 3.12, torch 2; commit 0123abcd, 2026-01-02.",
-        "| ema_triton (foreach) | 1 |",
-        "| slow | 12.3 (12×) |",
-        "| fixed | 0.5 (0.50×) |",
-        "| copy of the same bytes | 0.9 (0.90×) |",
-        "Noise: two timings of the same update differ by 10%",
-        "| fp32<-fp32 | 0.012, 90% |",
-        "span 0% of the median",
-        "- slow: a λ that changes at every update costs 2.4×.",
-        "- fixed: no λ that changes, cannot.",
-        "- bad: wrong, not timed (fp32<-fp32).",
-        "- gone: absent, ImportError: no (fp32<-fp32).",
-    ):
-        assert line in text, line
-    assert "| bad |" not in text
-    assert AGAIN not in text
-
-
-def test_the_section_says_when_no_gpu_was_measured() -> None:
-    results = made_up()
-    assert "No GPU has been measured yet" in report.section([results])
-    on_gpu = replace(results, machine=replace(MACHINE, device="cuda"), rows=[])
-    assert "No GPU has been measured yet" not in report.section(
-        [results, replace(on_gpu, kind="step")]
-    )
-
-
-def test_the_readme_is_what_the_committed_results_say() -> None:
-    files = sorted(FOLDER.glob("*.json"))
-    assert files
-    found = [Results.load(path) for path in files]
-    readme = report.README.read_text()
-    assert report.with_section(readme, report.section(found)) == readme
-    # A control: another figure in a file would be noticed.
-    changed = next(results for results in found if results.kind == "update")
-    spread = Spread(1, 1e9, 1e9, 1e9)
-    rows = [replace(r, times=dict.fromkeys(r.times, spread)) for r in changed.rows]
-    other = [replace(r, rows=rows) if r is changed else r for r in found]
-    assert report.with_section(readme, report.section(other)) != readme
-    for path in FOLDER.glob("*.png"):
-        assert f"{path.relative_to(ROOT)}" in readme
-
-
-def test_the_readme_has_the_committed_drift() -> None:
-    points = drift.load(FOLDER / "drift.csv")
-    readme = report.README.read_text()
-    markers = (drift.BEGIN, drift.END)
-    assert report.with_section(readme, drift.section(points), *markers) == readme
-    other = [replace(point, rms=point.rms + 1) for point in points]
-    assert report.with_section(readme, drift.section(other), *markers) != readme
-
-
 def test_drift(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{drift.BEGIN}\nold\n{drift.END}\nafter\n")
-    drift.main(SimpleNamespace(updates=200, out=tmp_path, readme=readme))
+    page = tmp_path / "precision.md"
+    page.write_text(f"before\n{drift.BEGIN}\nold\n{drift.END}\nafter\n")
+    drift.main(SimpleNamespace(updates=200, out=tmp_path, page=page))
     points = drift.load(tmp_path / "drift.csv")
     last = {(p.dtype, p.precision): p for p in points if p.update == 200}
     assert {*last} == {
@@ -380,38 +284,7 @@ def test_drift(tmp_path: Path) -> None:
         # 200 steps of 1e-4 are less than a spacing, which the weights show rounded.
         assert last[dtype, "exact"].rms <= 0.5
     assert (tmp_path / "drift.png").stat().st_size > 5000
-    assert '| `"exact"` | 4 / 6 | 10 / 14 |' in readme.read_text()
-
-
-def test_a_readme_without_markers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="must have the lines"):
-        report.with_section("nothing here", "new")
-
-
-def test_report_writes_pictures_and_section(tmp_path: Path) -> None:
-    made_up().save(tmp_path / "r.json")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main(SimpleNamespace(files=[tmp_path / "r.json"], out=tmp_path, readme=readme))
-    text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n**No GPU")
-    assert text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text
-    (picture,) = tmp_path.glob("*.png")  # the sweeps were not measured
-    assert picture.name == "slow-2-cores-speedup.png"
-    assert picture.stat().st_size > 5000
-    assert f"(bench/results/{picture.name})" in text
-
-
-def test_each_sweep_has_its_picture(tmp_path: Path) -> None:
-    rows = [
-        replace(row(peer, time), model=model.name, tensors=len(model.shapes))
-        for model in (COUNTS[0], COUNTS[3], SIZES[0], SIZES[2])
-        for peer, time in ((LIMIT, 900.0), ("ema_triton (foreach)", 1000.0), ("slow", 5000.0))
-    ]
-    paths = report.draw(replace(made_up(), rows=rows), tmp_path)
-    names = ["slow-2-cores-bandwidth.png", "slow-2-cores-tensors.png"]
-    assert [path.name for path in paths] == names
+    assert '| `"exact"` | 4 / 6 | 10 / 14 |' in page.read_text()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
