@@ -54,7 +54,7 @@ class Snapshots:
     Raises:
         ValueError: The dtype is another one, or the folder's log is damaged.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from ema_triton import PowerFunction
         >>> model = torch.nn.Linear(2, 1)
