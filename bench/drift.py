@@ -1,6 +1,6 @@
 """`python -m bench drift`: how far each precision strays from a float64 EMA in a long run.
 
-Writes a table of its course, a picture, and the README's table of precisions.
+Writes a table of its course, a picture, and the table of docs/precision.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench.results import FOLDER
 from ema_triton import ModelEMA
 from ema_triton.ops.precision import PRECISIONS, RESIDUAL_DTYPE, join_residual
 
+PAGE = report.ROOT / "docs" / "precision.md"
 BEGIN, END = "<!-- python -m bench drift -->", "<!-- end of the drift -->"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.add_argument("--updates", type=int, default=UPDATES, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where table and picture go")
-    parser.add_argument("--readme", type=Path, default=report.README, help="whose table it is")
+    parser.add_argument("--page", type=Path, default=PAGE, help="whose table it is")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -81,8 +82,8 @@ def main(args: argparse.Namespace) -> None:
     save(points, args.out / "drift.csv")
     draw(points, args.out / "drift.png")
     print(table(points))
-    text = args.readme.read_text()
-    args.readme.write_text(report.with_section(text, section(points), BEGIN, END))
+    text = args.page.read_text()
+    args.page.write_text(report.with_section(text, section(points), BEGIN, END))
 
 
 def course(dtype: str, updates: int) -> Iterator[Point]:
@@ -143,8 +144,8 @@ def load(path: Path) -> list[Point]:
 
 
 def section(points: list[Point]) -> str:
-    """The README's table and picture."""
-    picture = (FOLDER / "drift.png").relative_to(report.ROOT)
+    """The page's table and picture, which docs/hooks.py takes into the site."""
+    picture = f"../{(FOLDER / 'drift.png').relative_to(report.ROOT)}"
     return f"{table(points)}\n\n![The course of each precision]({picture})"
 
 
