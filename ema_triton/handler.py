@@ -65,7 +65,7 @@ class EMAHandler:
     Args:
         model: The online model. A `DistributedDataParallel` or `torch.compile` wrapper is taken
             off; `DataParallel` stays.
-        momentum: The weight of the online weights, in [0, 1]; after the warm-up.
+        momentum: The weight of the online weights, in [0, 1]; after the warm-up. By default 0.0002.
         momentum_warmup: The first update's momentum, in [0, 1]; above or below `momentum`.
         warmup_iters: Number of updates until `momentum` is reached; 0 means 1. There is a warm-up
             only if this and `momentum_warmup` are given.
