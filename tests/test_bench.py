@@ -353,19 +353,19 @@ def test_the_readme_is_what_the_committed_results_say() -> None:
         assert f"{path.relative_to(ROOT)}" in readme
 
 
-def test_the_page_has_the_committed_drift() -> None:
+def test_the_readme_has_the_committed_drift() -> None:
     points = drift.load(FOLDER / "drift.csv")
-    page = drift.PAGE.read_text()
+    readme = report.README.read_text()
     markers = (drift.BEGIN, drift.END)
-    assert report.with_section(page, drift.section(points), *markers) == page
+    assert report.with_section(readme, drift.section(points), *markers) == readme
     other = [replace(point, rms=point.rms + 1) for point in points]
-    assert report.with_section(page, drift.section(other), *markers) != page
+    assert report.with_section(readme, drift.section(other), *markers) != readme
 
 
 def test_drift(tmp_path: Path) -> None:
-    page = tmp_path / "precision.md"
-    page.write_text(f"before\n{drift.BEGIN}\nold\n{drift.END}\nafter\n")
-    drift.main(SimpleNamespace(updates=200, out=tmp_path, page=page))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{drift.BEGIN}\nold\n{drift.END}\nafter\n")
+    drift.main(SimpleNamespace(updates=200, out=tmp_path, readme=readme))
     points = drift.load(tmp_path / "drift.csv")
     last = {(p.dtype, p.precision): p for p in points if p.update == 200}
     assert {*last} == {
@@ -380,7 +380,7 @@ def test_drift(tmp_path: Path) -> None:
         # 200 steps of 1e-4 are less than a spacing, which the weights show rounded.
         assert last[dtype, "exact"].rms <= 0.5
     assert (tmp_path / "drift.png").stat().st_size > 5000
-    assert '| `"exact"` | 4 / 6 | 10 / 14 |' in page.read_text()
+    assert '| `"exact"` | 4 / 6 | 10 / 14 |' in readme.read_text()
 
 
 def test_a_readme_without_markers_is_an_error() -> None:
