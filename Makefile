@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 # Exits with a message where $(PYTHON) is too old; runs in any Python, so that it can say so.
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ema_triton needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0] + ". Run: make PYTHON=/path/to/python3.10")'
 
-.PHONY: help demo test integrations ptx bench lint gpu gpu-memcheck clean
+.PHONY: help demo test integrations ptx docs docs-serve bench lint gpu gpu-memcheck clean
 help:
 	@echo "make demo    train a small net with EMA on handwritten digits"
 	@echo "make test    run the tests"
 	@echo "make integrations   run all tests with Lightning, transformers, accelerate, diffusers and timm"
 	@echo "make ptx     run the compiled kernels on the CPU, for every GPU"
+	@echo "make docs    build the documentation into site/"
+	@echo "make docs-serve   show it, and follow what is edited"
 	@echo "make bench   time one EMA update beside its rivals (some 15 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make gpu     run the GPU tests in the environment of PYTHON, installing nothing"
@@ -51,6 +53,13 @@ integrations: $(VENV)/.installed
 
 ptx: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "" tests/ptx
+
+# The variable silences Material's advertisement of its successor.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench run

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class EMABank(Mapping[str, ModelEMA]):
-    r"""Several exponential moving averages of one model's weights, in one launch per update.
+    """Several exponential moving averages of one model's weights, in one launch per update.
 
     Which decay is best is known after the training only. It is a mapping from names to `ModelEMA`,
     to be evaluated, saved and measured as any other, and bit by bit what each would be alone; only
@@ -50,7 +50,7 @@ class EMABank(Mapping[str, ModelEMA]):
         TypeError: A name is no string, a schedule no function, or an argument is unknown.
         RuntimeError: The model cannot be copied, or backend="triton" cannot run here.
 
-    Example:
+    Examples:
         >>> from ema_triton import PowerFunction
         >>> model = torch.nn.Linear(2, 1)
         >>> bank = EMABank(model, {s: PowerFunction(sigma_rel=float(s)) for s in ("0.05", "0.10")})

@@ -55,9 +55,9 @@ class _Attachment:
 
 
 class EMAHandler:
-    r"""Keep an exponential moving average of a model's weights while an Ignite engine trains it.
+    """Keep an exponential moving average of a model's weights while an Ignite engine trains it.
 
-    .. math:: \theta_{EMA} \leftarrow (1 - \lambda)\,\theta_{EMA} + \lambda\,\theta
+        ema = (1 - momentum) * ema + momentum * online
 
     It has the constructor, `attach`, and `engine.state` attribute of Ignite's `EMAHandler`, and
     likewise a subclass may override `attach` and `_update_ema_model`.
@@ -65,7 +65,7 @@ class EMAHandler:
     Args:
         model: The online model. A `DistributedDataParallel` or `torch.compile` wrapper is taken
             off; `DataParallel` stays.
-        momentum: :math:`\lambda`, the weight of the online weights, in [0, 1]; after the warm-up.
+        momentum: The weight of the online weights, in [0, 1]; after the warm-up. By default 0.0002.
         momentum_warmup: The first update's momentum, in [0, 1]; above or below `momentum`.
         warmup_iters: Number of updates until `momentum` is reached; 0 means 1. There is a warm-up
             only if this and `momentum_warmup` are given.
@@ -91,7 +91,7 @@ class EMAHandler:
         ValueError: An argument is not one of the accepted values.
         TypeError: An argument is unknown, or an argument or a tensor is of a wrong type.
 
-    Example:
+    Examples:
         >>> from ignite.engine import Engine, Events
         >>> model = nn.Linear(2, 1)
         >>> trainer = Engine(lambda engine, batch: model.weight.data.fill_(batch))

@@ -36,9 +36,9 @@ from ema_triton.swap import Swap, refuse_inside
 
 
 class ModelEMA:
-    r"""Exponential moving average of a model's weights, in one fused launch per update.
+    """Exponential moving average of a model's weights, in one fused launch per update.
 
-    .. math:: \theta_{EMA} \leftarrow (1 - \lambda)\,\theta_{EMA} + \lambda\,\theta
+        ema = (1 - momentum) * ema + momentum * online
 
     computed as `torch.lerp` does, in fp32 (fp64 for fp64). Parameters are paired by name, tied
     ones averaged once, frozen ones too; integer and bool tensors are copied exactly. The online
@@ -93,7 +93,7 @@ class ModelEMA:
         NotImplementedError: The model is sharded by FSDP1 or DeepSpeed's ZeRO-3.
         RuntimeError: The model cannot be copied, or backend="triton" cannot run here.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = ModelEMA(model)
         >>> _ = model.weight.data.fill_(1.0), ema.ema_model.weight.data.fill_(0.0)
@@ -249,7 +249,7 @@ class ModelEMA:
             ValueError: Names, shapes or kinds of tensors do not fit. Nothing has been copied then.
             RuntimeError: The models' weights are swapped.
 
-        Example:
+        Examples:
             >>> model, ema = torch.nn.Linear(2, 1), ModelEMA(torch.nn.Linear(2, 1))
             >>> ema.copy_to(model)
             >>> torch.equal(model.weight, ema.ema_model.weight)
@@ -274,7 +274,7 @@ class ModelEMA:
         Raises:
             RuntimeError: They are swapped already.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> ema = ModelEMA(model)
             >>> _ = ema.ema_model.weight.data.fill_(0.5)
@@ -325,7 +325,7 @@ class ModelEMA:
             TypeError: The schedule is not a function, the optimizer's steps cannot be noticed, or
                 `every` is not an integer.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> ema = ModelEMA(model)
@@ -372,7 +372,7 @@ class ModelEMA:
         Raises:
             RuntimeError: With nonfinite="propagate" nothing is counted.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> ema = ModelEMA(model, nonfinite="skip")
             >>> _ = model.weight.data.fill_(float("nan"))
@@ -388,9 +388,9 @@ class ModelEMA:
             return self._state.skip_counts()
 
     def distance(self) -> distance.Distance:
-        r"""How far the EMA is from the online model, overall and by top-level module.
+        """How far the EMA is from the online model, overall and by top-level module.
 
-        .. math:: \|\theta_{EMA} - \theta\|_2 \text{ and } \|\theta\|_2
+            distance, norm = ‖ema - online‖₂, ‖online‖₂
 
         over the averaged tensors, in fp64, of the values that an exact EMA accumulates, in
         memory that does not grow with the model. Waits for the device, and of a sharded model for
@@ -400,7 +400,7 @@ class ModelEMA:
             ValueError: A tensor changed its shape or vanished.
             RuntimeError: The models' weights are swapped.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1, bias=False)
             >>> _ = model.weight.data.fill_(3.0)
             >>> ema = ModelEMA(model)
@@ -506,7 +506,7 @@ class ModelEMA:
             OSError: A file cannot be opened.
             RuntimeError: The models' weights are swapped.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> averaged = torch.optim.swa_utils.AveragedModel(model)
             >>> ema = ModelEMA(model)

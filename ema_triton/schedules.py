@@ -54,7 +54,9 @@ class _Schedule:
 
 @dataclass(frozen=True)
 class Constant(_Schedule):
-    r"""The same momentum at every update: :math:`\lambda_t = \lambda`.
+    """The same momentum at every update.
+
+        momentum_t = momentum
 
     Args:
         momentum: In [0, 1].
@@ -63,7 +65,7 @@ class Constant(_Schedule):
         ValueError: The momentum is outside [0, 1].
         TypeError: It is not a number.
 
-    Example:
+    Examples:
         >>> Constant(0.25)(1)
         0.25
     """
@@ -79,23 +81,23 @@ class Constant(_Schedule):
 
 @dataclass(frozen=True)
 class LinearWarmup(_Schedule):
-    r"""From one momentum to another in a straight line, up or down, and constant from then on.
+    """From one momentum to another in a straight line, up or down, and constant from then on.
 
-    .. math:: \lambda_t = \lambda_1 + (\lambda - \lambda_1)\,\frac{t - 1}{\max(1, n - 1)}
+        momentum_1 = momentum_warmup
+        momentum_t = momentum_warmup + (momentum - momentum_warmup) * (t - 1) / (warmup_iters - 1)
 
     Source: `ignite.handlers.EMAHandler`, `EMAWarmUp` of version 0.5.5.
 
     Args:
-        momentum_warmup: :math:`\lambda_1`, the first update's momentum, in [0, 1].
-        momentum: :math:`\lambda`, in [0, 1], reached at update `warmup_iters`.
-        warmup_iters: :math:`n`, in updates, at least 0. With 0 or 1, the second update already has
-            :math:`\lambda`.
+        momentum_warmup: The first update's momentum, in [0, 1].
+        momentum: In [0, 1], reached at update `warmup_iters`.
+        warmup_iters: In updates, at least 0. With 0 or 1, the second update already has `momentum`.
 
     Raises:
         ValueError: A value is out of its range.
         TypeError: A value is not a number, or `warmup_iters` is not an integer.
 
-    Example:
+    Examples:
         >>> schedule = LinearWarmup(0.5, 0.1, warmup_iters=3)
         >>> [round(schedule(t), 3) for t in (1, 2, 3, 4)]
         [0.5, 0.3, 0.1, 0.1]
@@ -121,17 +123,17 @@ class LinearWarmup(_Schedule):
 
 @dataclass(frozen=True)
 class InverseDecay(_Schedule):
-    r"""A decay whose distance from 1 falls as an inverse power of the number of updates.
+    """A decay whose distance from 1 falls as an inverse power of the number of updates.
 
-    .. math:: decay_t = clip(1 - (1 + (t - 1) / \gamma)^{-p},\ min,\ max)
+        decay_t = clip(1 - (1 + (t - 1) / gamma) ** -power, min_decay, max_decay)
 
     With a minimum of 0 the first update copies the online weights. Source: the warm-up of timm's
     `ModelEmaV3`, of ema-pytorch's `EMA` and of diffusers' `EMAModel` (`use_ema_warmup`). All three
     subtract one from their count of updates; their first update is a copy whatever the minimum.
 
     Args:
-        gamma: :math:`\gamma > 0`, in updates: how many pass before the decay starts to rise.
-        power: :math:`p > 0`. 2/3 suits long trainings, 3/4 shorter ones.
+        gamma: Above 0, in updates: how many pass before the decay starts to rise.
+        power: Above 0. 2/3 suits long trainings, 3/4 shorter ones.
         min_decay: In [0, 1].
         max_decay: In [0, 1], not below `min_decay`.
 
@@ -139,7 +141,7 @@ class InverseDecay(_Schedule):
         ValueError: A value is out of its range.
         TypeError: A value is not a number.
 
-    Example:
+    Examples:
         >>> schedule = InverseDecay(gamma=1.0, power=0.5, max_decay=0.6)
         >>> [schedule(t) for t in (1, 4, 1000)]
         [1.0, 0.5, 0.4]
@@ -167,9 +169,9 @@ class InverseDecay(_Schedule):
 
 @dataclass(frozen=True)
 class CountWarmup(_Schedule):
-    r"""A decay that grows with the number of updates until it reaches its value.
+    """A decay that grows with the number of updates until it reaches its value.
 
-    .. math:: decay_t = min(decay,\ (1 + t) / (10 + t))
+        decay_t = min(decay, (1 + t) / (10 + t))
 
     Source: `tf.train.ExponentialMovingAverage(num_updates)`; pytorch_ema, LitEma and torchtnt
     follow it.
@@ -181,7 +183,7 @@ class CountWarmup(_Schedule):
         ValueError: The decay is outside [0, 1].
         TypeError: It is not a number.
 
-    Example:
+    Examples:
         >>> schedule = CountWarmup(0.75)
         >>> [schedule(t) for t in (8, 1000)]
         [0.5, 0.25]
@@ -198,21 +200,21 @@ class CountWarmup(_Schedule):
 
 @dataclass(frozen=True)
 class ExponentialRamp(_Schedule):
-    r"""A decay that approaches its value exponentially.
+    """A decay that approaches its value exponentially.
 
-    .. math:: decay_t = decay \cdot (1 - e^{-t / \tau})
+        decay_t = decay * (1 - exp(-t / tau))
 
     Source: ultralytics' `ModelEMA`.
 
     Args:
         decay: In [0, 1].
-        tau: :math:`\tau > 0`, in updates: after that many, 63 % of the decay is reached.
+        tau: Above 0, in updates: after that many, 63 % of the decay is reached.
 
     Raises:
         ValueError: A value is out of its range.
         TypeError: A value is not a number.
 
-    Example:
+    Examples:
         >>> schedule = ExponentialRamp(0.9, tau=100)
         >>> [round(schedule(t), 4) for t in (1, 100, 10000)]
         [0.991, 0.4311, 0.1]
@@ -231,22 +233,22 @@ class ExponentialRamp(_Schedule):
 
 @dataclass(frozen=True)
 class CosineRamp(_Schedule):
-    r"""A decay that rises from its base to 1 along half a cosine, until the EMA stands still.
+    """A decay that rises from its base to 1 along half a cosine, until the EMA stands still.
 
-    .. math:: decay_t = 1 - (1 - base) \cdot (\cos(\pi\,\min(t - 1, n) / n) + 1) / 2
+        decay_t = 1 - (1 - base_decay) * (cos(pi * min(t - 1, updates) / updates) + 1) / 2
 
     Source: Grill et al. 2020, "Bootstrap Your Own Latent", https://arxiv.org/abs/2006.07733;
     DINO's teacher follows it.
 
     Args:
         base_decay: The first update's decay, in [0, 1].
-        updates: :math:`n`, the length of the training in updates, at least 1.
+        updates: The length of the training in updates, at least 1.
 
     Raises:
         ValueError: A value is out of its range.
         TypeError: A value is not a number, or `updates` is not an integer.
 
-    Example:
+    Examples:
         >>> schedule = CosineRamp(0.75, updates=100)
         >>> [round(schedule(t), 4) for t in (1, 51, 101, 200)]
         [0.25, 0.125, 0.0, 0.0]
@@ -268,9 +270,9 @@ class CosineRamp(_Schedule):
 
 @dataclass(frozen=True)
 class HalfLife(_Schedule):
-    r"""A constant momentum, given as the steps after which an old value counts half as much.
+    """A constant momentum, given as the steps after which an old value counts half as much.
 
-    .. math:: decay = 2^{-every / half\_life}
+        decay_t = 2 ** (-every / half_life)
 
     The half-life is in the trainer's steps, so `every` does not change it. Source: `TraditionalEMA`
     of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
@@ -284,7 +286,7 @@ class HalfLife(_Schedule):
         ValueError: A value is out of its range.
         TypeError: `half_life` is not a number, or `every` is not an integer.
 
-    Example:
+    Examples:
         >>> HalfLife(1)(1), HalfLife(2, every=2)(1)
         (0.5, 0.5)
     """
@@ -302,21 +304,21 @@ class HalfLife(_Schedule):
 
 @dataclass(frozen=True)
 class HalfLifeFraction(_Schedule):
-    r"""A half-life that grows with the training: always the same fraction of the updates so far.
+    """A half-life that grows with the training: always the same fraction of the updates so far.
 
-    .. math:: decay_t = 2^{-1 / (f\,t)}
+        decay_t = 2 ** (-1 / (fraction * t))
 
     Source: `half_life_fraction` of torchtitan.
 
     Args:
-        fraction: :math:`f > 0`: after `fraction` * t more updates, what the EMA was at update t
+        fraction: Above 0: after `fraction` * t more updates, what the EMA was at update t
             counts about half as much.
 
     Raises:
         ValueError: The fraction is not above 0.
         TypeError: It is not a number.
 
-    Example:
+    Examples:
         >>> schedule = HalfLifeFraction(0.5)
         >>> [round(schedule(t), 4) for t in (2, 200)]
         [0.5, 0.0069]
@@ -333,13 +335,15 @@ class HalfLifeFraction(_Schedule):
 
 @dataclass(frozen=True)
 class EqualAverage(_Schedule):
-    r"""The mean of the online weights of all updates: :math:`\lambda_t = 1 / t`.
+    """The mean of the online weights of all updates.
+
+        momentum_t = 1 / t
 
     Of the weights at construction nothing is left. Source: Izmailov et al. 2018, "Averaging Weights
     Leads to Wider Optima and Better Generalization", https://arxiv.org/abs/1803.05407; the default
     of `torch.optim.swa_utils.AveragedModel`.
 
-    Example:
+    Examples:
         >>> [EqualAverage()(t) for t in (1, 2, 4)]
         [1.0, 0.5, 0.25]
     """
@@ -350,25 +354,25 @@ class EqualAverage(_Schedule):
 
 @dataclass(frozen=True, init=False)
 class PowerFunction(_Schedule):
-    r"""An average whose profile over the updates is a power function, as wide as the training.
+    """An average whose profile over the updates is a power function, as wide as the training.
 
-    .. math:: decay_t = (1 - 1/t)^{\gamma + 1}, \quad
-        \sigma_{rel} = \sqrt{\frac{\gamma + 1}{(\gamma + 2)^2 (\gamma + 3)}}
+        decay_t = (1 - 1 / t) ** (gamma + 1)
+        sigma_rel = sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
-    The weights of update s count as :math:`s^\gamma`, nearly, and those at construction not at all.
+    The weights of update s count as `s ** gamma`, nearly, and those at construction not at all.
     Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
     https://arxiv.org/abs/2312.02696, section 3.1.
 
     Args:
-        sigma_rel: :math:`\sigma_{rel}`, the standard deviation of the profile as a fraction of the
-            training, above 0 and at most :math:`1 / \sqrt{12}`, that of `EqualAverage`.
-        gamma: :math:`\gamma`, at least 0; instead of `sigma_rel`.
+        sigma_rel: The standard deviation of the profile as a fraction of the training, above 0 and
+            at most `12 ** -0.5`, that of `EqualAverage`.
+        gamma: The exponent, at least 0; instead of `sigma_rel`.
 
     Raises:
         ValueError: A value is out of its range.
         TypeError: A value is not a number, or not exactly one of the two is given.
 
-    Example:
+    Examples:
         >>> schedule = PowerFunction(sigma_rel=0.1)
         >>> round(schedule.gamma, 2), round(schedule.sigma_rel, 2)
         (6.94, 0.1)
@@ -410,21 +414,21 @@ class PowerFunction(_Schedule):
 
 @dataclass(frozen=True)
 class Delayed(_Schedule):
-    r"""Copy the online weights in the first updates, and then follow another schedule.
+    """Copy the online weights in the first updates, and then follow another schedule.
 
-    .. math:: \lambda_t = 1 \text{ for } t \le n,\ \lambda'_{t - n} \text{ after}
+        momentum_t = 1 if t <= updates else schedule(t - updates)
 
     Source: `update_after_step` of ema-pytorch's `EMA` and of diffusers' `EMAModel`.
 
     Args:
-        schedule: :math:`\lambda'`, which counts from 1 after the delay.
-        updates: :math:`n`, at least 1.
+        schedule: From the update index, counting from 1 after the delay, to the momentum.
+        updates: How many copy, at least 1.
 
     Raises:
         ValueError: `updates` is below 1.
         TypeError: `schedule` is not a function, or `updates` is not an integer.
 
-    Example:
+    Examples:
         >>> schedule = Delayed(Constant(0.25), updates=2)
         >>> [schedule(t) for t in (1, 2, 3)]
         [1.0, 1.0, 0.25]
@@ -490,7 +494,7 @@ def check_schedule(schedule: object) -> None:
 def schedule_to_state(schedule: Schedule) -> dict[str, Any] | None:
     """The schedule as a dict of plain values; None for a function that is not one of these.
 
-    Example:
+    Examples:
         >>> schedule_to_state(Constant(0.1))
         {'name': 'Constant', 'momentum': 0.1}
     """
@@ -510,7 +514,7 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
     Raises:
         ValueError: The name or a field is unknown or missing, or a value invalid.
 
-    Example:
+    Examples:
         >>> schedule_from_state({"name": "HalfLife", "half_life": 1000.0, "every": 4})
         HalfLife(half_life=1000.0, every=4)
     """

@@ -388,7 +388,7 @@ def test_figures_of_a_gpu() -> None:
 
 
 def test_the_table_of_scaling_is_the_documents() -> None:
-    document = Path(__file__).parent.parent / "docs" / "scaling.md"
+    document = Path(__file__).parent.parent / "docs" / "many-gpus.md"
     assert scaling.table(4.3e12, 0.5e-6) in document.read_text()
 
 

@@ -1,18 +1,21 @@
-"""What is written for users runs: the README's blocks, the docstrings' examples."""
+"""What is written for users runs: README's and the pages' blocks, the docstrings' examples."""
 
 import ast
 import doctest
 import importlib
 import re
 import warnings
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.results import FOLDER, LIMIT, Results
 from ema_triton import PowerFunction
 from ema_triton.posthoc.profiles import gram, solve
 from ema_triton.posthoc.reconstruct import RELATIVE_ROUNDING
+from ema_triton.schedules import check_schedule
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -45,26 +48,27 @@ def test_every_public_class_has_an_example() -> None:
         assert ">>>" in getattr(ema_triton, name).__doc__, name
 
 
-def test_readme_examples(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("ignite")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for variable, value in {**alone, "MASTER_PORT": "0"}.items():  # as torchrun would
-        monkeypatch.setenv(variable, value)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 9
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block.replace("/tmp/ema_triton", str(tmp_path / "run")), names)
-    printed = capsys.readouterr().out
-    assert "foreach - " in printed or names["ema"].backend == "triton"
-    assert "2 updates" in printed
-    names["saver"](names["trainer"])
-    assert [file.suffix for file in (tmp_path / "run_readme").iterdir()] == [".pt"]
-    assert (tmp_path / "run_dcp" / ".metadata").exists()
-    assert names["whole"]["update_index"] == 1
+def blocks_of(path: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def of_readme(names: dict, printed: str, folder: Path) -> None:
+    assert names["ema"].update_index == 10
     assert names["handler"].update_index == 10
+    assert names["handler"].ema_model.training is False
+    assert (folder / "checkpoint.pt").exists()
+
+
+def of_index(names: dict, printed: str, folder: Path) -> None:
+    assert names["ema"].update_index == 10
+
+
+def of_getting_started(names: dict, printed: str, folder: Path) -> None:
+    assert "2 updates" in printed
+    assert "foreach - " in printed or "triton - " in printed
+    assert names["ema"].update_index == 3
+    assert names["prediction"].shape == (2, 2)
+    assert f"momentum {names['handler'].schedule(10):.4f} after 10 updates" in printed
     assert names["trainer"].has_event_handler(names["show_distance"])
     names["show_distance"](names["trainer"])
     shown = names["trainer"].state.ema_distance
@@ -72,43 +76,170 @@ def test_readme_examples(
     assert shown["distance"] > 0
 
 
-def test_the_example_of_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs/merging.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def of_evaluate(names: dict, printed: str, folder: Path) -> None:
+    assert [file.suffix for file in (folder / "best").iterdir()] == [".pt"]
+    ema, model = names["ema"].ema_model.state_dict(), names["model"].state_dict()
+    assert all(torch.equal(ema[name], model[name]) for name in model)  # copy_to
+
+
+def of_resume(names: dict, printed: str, folder: Path) -> None:
+    assert "goes on after update 3" in printed
+    assert [file.suffix for file in (folder / "checkpoints").iterdir()] == [".pt"]
+    assert names["handler"].update_index == 10
+    assert (folder / "ema.safetensors").exists()
+
+
+def of_nan_guard(names: dict, printed: str, folder: Path) -> None:
+    assert printed == "{'weight': 1, 'bias': 0}\n1\n"
+
+
+def of_many_gpus(names: dict, printed: str, folder: Path) -> None:
+    assert (folder / "checkpoint" / ".metadata").exists()
+    assert names["whole"]["update_index"] == 1
+
+
+def of_several(names: dict, printed: str, folder: Path) -> None:
+    assert names["bank"].update_index == 1
+    assert [*names["trainer"].state.ema_momenta] == ["short", "long"]
+    assert names["both"].update_index == 3
+
+
+def of_merging(names: dict, printed: str, folder: Path) -> None:
+    assert {path.name for path in folder.glob("*.safetensors")} == {"merged.safetensors"}
+
+
+def of_posthoc(names: dict, printed: str, folder: Path) -> None:
+    assert "64 of 2 averages (0.05, 0.10), from update 10 to 320" in printed
+    assert names["result"].profile_error < 0.005
+    assert names["last_half"].profile_error < 0.2
+
+
+def of_migration(names: dict, printed: str, folder: Path) -> None:
+    assert names["ema"].update_index == 1
+
+
+# Of each page with Python on it, what must be right after its blocks have run; of the pages of
+# frameworks see their own tests.
+PAGES = {
+    "README.md": of_readme,
+    "docs/index.md": of_index,
+    "docs/getting-started.md": of_getting_started,
+    "docs/evaluate.md": of_evaluate,
+    "docs/resume.md": of_resume,
+    "docs/precision.md": None,  # asserts of its own
+    "docs/nan-guard.md": of_nan_guard,
+    "docs/many-gpus.md": of_many_gpus,
+    "docs/several.md": of_several,
+    "docs/merging.md": of_merging,
+    "docs/posthoc.md": of_posthoc,
+    "docs/migration.md": of_migration,
+    "docs/how-it-works.md": None,  # asserts of its own
+}
+FRAMEWORKS = ("lightning", "transformers", "accelerate", "diffusers", "timm", "torchrun")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_a_page(
+    page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ignite")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for variable, value in {**alone, "MASTER_PORT": "0"}.items():  # as torchrun would
+        monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
+    blocks = blocks_of(ROOT / page)
+    assert len(blocks) == (ROOT / page).read_text().count("```python") > 0
+    if any("import ema_pytorch" in block or "from ema_pytorch" in block for block in blocks):
+        pytest.importorskip("ema_pytorch")
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
-    assert len(blocks) == 3
-    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"merged.safetensors"}
-    assert "(docs/merging.md)" in (ROOT / "README.md").read_text()
-    shown = re.findall(r"^\| `(.*?)`.*\| ([\d.]+, [\d., ]+)\|$", text, re.MULTILINE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="These snapshots do not make the weights")
+        for block in blocks:
+            exec(block, names)
+    if (check := PAGES[page]) is not None:
+        check(names, capsys.readouterr().out, tmp_path)
+
+
+def pages() -> list[Path]:
+    return sorted((ROOT / "docs").rglob("*.md"))
+
+
+def test_every_page_with_python_is_run() -> None:
+    here = {path.relative_to(ROOT).as_posix() for path in pages() if blocks_of(path)}
+    assert here - {f"docs/{name}.md" for name in FRAMEWORKS} == {*PAGES} - {"README.md"}
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "test_docs.py"]
+    elsewhere = "\n".join(path.read_text() for path in tests)
+    for name in FRAMEWORKS:
+        assert f"docs/{name}.md" not in here or f"{name}.md" in elsewhere, name
+
+
+def test_readme_and_pages_are_short() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in pages()}
+    assert {name for name, lines in lengths.items() if lines > 250} == set()
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_every_page_is_in_the_menu_and_the_readme_links_to_files() -> None:
+    menu = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(menu) == len({*menu})
+    docs = {path.relative_to(ROOT / "docs").as_posix() for path in pages()}
+    assert docs == {*menu}
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 20
+    assert {link for link in links if not (ROOT / link).exists()} == set()
+    guides = {f"docs/{page}" for page in menu if "/" not in page}
+    assert guides - {"docs/index.md", "docs/benchmarks-cpu.md"} <= {*links}
+
+
+def test_every_drawing_was_made_of_its_text() -> None:
+    texts = [text for path in pages() for text in blocks_of(path, "mermaid")]
+    named = {f"{sha256(text.encode()).hexdigest()[:12]}.svg" for text in texts}
+    assert named
+    assert named == {path.name for path in (ROOT / "docs" / "drawings").glob("*.svg")}
+
+
+def test_the_table_of_merging() -> None:
     from ema_triton.posthoc.merging import DECAYS, decay_coefficients
 
+    text = (ROOT / "docs/merging.md").read_text()
+    shown = re.findall(r"^\| `(.*?)`.*\| ([\d.]+, [\d., ]+)\|$", text, re.MULTILINE)
     assert {shape for shape, _ in shown} == DECAYS.keys()
     for shape, numbers in shown:
         rounded = [round(c, 3) for c in decay_coefficients(shape, 4)]
         assert [float(number) for number in numbers.split(",")] == rounded, shape
 
 
-def test_the_example_of_snapshots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (ROOT / "docs/posthoc.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    pytest.importorskip("ema_pytorch")
-    assert "(docs/posthoc.md)" in (ROOT / "README.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="These snapshots do not make the weights")
-        for block in blocks:
-            exec(block, names)
-    printed = capsys.readouterr().out
-    assert "64 of 2 averages (0.05, 0.10), from update 10 to 320" in printed
-    assert names["result"].profile_error < 0.005
-    assert names["last_half"].profile_error < 0.2
+def test_the_readmes_figures_are_those_of_the_committed_results() -> None:
+    results = Results.load(FOLDER / "nvidia-h200.json")
+    times = {
+        (row.model, row.peer): row.times["device"].median / 1000
+        for row in reversed(results.rows)  # the first timing counts
+        if (row.case, row.schedule) == ("fp32<-fp32", "constant") and "device" in row.times
+    }
+    ours, theirs = "ema_triton (triton)", "Ignite EMAHandler"
+    large = {peer: times["llama-7b", peer] for peer in (ours, theirs, LIMIT)}
+    figures = [
+        f"fp32 takes {large[ours]:.1f} ms, {large[LIMIT] / large[ours]:.0%} of the bandwidth",
+        f"Ignite's takes {large[theirs]:.1f} ms",
+        f"the host: {times['resnet50', ours]:.2f} ms, Ignite's {times['resnet50', theirs]:.2f}",
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split()).replace(" %", "%")
+    for figure in figures:
+        assert figure in readme
+    many = " ".join((ROOT / "docs/many-gpus.md").read_text().split()).replace(" %", "%")
+    assert figures[0].removeprefix("fp32 takes ") in many
+    timings = re.findall(r"\b[\d.]+ (?:ms|µs|GB/s|TB/s)", readme)
+    assert len(timings) == 3, timings  # those above; and one without its unit
+
+
+def test_the_schedules_of_the_migration_are_schedules() -> None:
+    import ema_triton
+
+    text = (ROOT / "docs/migration.md").read_text()
+    found = re.findall(r"`schedule = (.*?)`", text)
+    assert len(found) >= 7
+    for expression in found:
+        check_schedule(eval(expression, vars(ema_triton)))
 
 
 def test_the_table_of_what_to_store() -> None:
@@ -169,5 +300,17 @@ def test_the_table_of_models_quotes_real_messages() -> None:
     assert "is a TorchScript module, whose tensors nobody can reach" not in text
 
 
-def test_the_table_of_models_is_linked_from_the_readme() -> None:
-    assert "(docs/models.md)" in (ROOT / "README.md").read_text()
+def test_docstrings_are_written_for_the_site() -> None:
+    """mkdocstrings takes "Example:" for a box and its >>> for quotations, and shows no LaTeX."""
+    for path in (ROOT / "ema_triton").rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^ *Example:$", text, re.MULTILINE), path
+        assert ":math:" not in text, path
+        assert ".. math::" not in text, path
+
+
+def test_the_site_asks_no_other_host_for_anything() -> None:
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^  font: false", settings, re.MULTILINE)
+    assert "http" not in settings
+    assert "mermaid" not in settings  # material would load it from a CDN

@@ -241,15 +241,15 @@ def test_an_assigned_lambda_obj(cls: type, lambda_obj: Any, attach: Any, kwargs:
 
 
 def test_the_handler_is_saved_in_place_of_its_momentum_scheduler() -> None:
-    """Ignite's scheduler knows where the warm-up stands; here the handler does, as README says."""
+    """Ignite's scheduler knows where the warm-up stands; here the handler does, as the docs say."""
     handler, again = EMAHandler(one(), **WARM), EMAHandler(one(), **WARM)
     assert handler.momentum_scheduler is None
     Probe(handler).attach().run(2)
     again.load_state_dict(handler.state_dict())
     assert Probe(again).attach().run(2).applied == near([0.3, 0.2])
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    assert "Save the handler" in readme
-    assert "`handler.momentum_scheduler`" in readme
+    page = (Path(__file__).parents[1] / "docs" / "migration.md").read_text("utf-8")
+    assert "Save the handler" in page
+    assert "`handler.momentum_scheduler`" in page
 
 
 def test_no_lambda_obj_is_no_warmup() -> None:

@@ -1,4 +1,4 @@
-"""README's rows for other libraries: the same weights from the same trainings."""
+"""The rows of docs/migration.md: the same weights from the same trainings."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def extract_weights(
         ValueError: It is none of these, or the EMA has another number of parameters than
             diffusers' list.
 
-    Example:
+    Examples:
         >>> from torch.optim.swa_utils import AveragedModel
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> averaged = AveragedModel(model)
@@ -205,7 +205,7 @@ def write_safetensors(
         ValueError: A tensor is of a kind that safetensors cannot hold. Nothing was written.
         ImportError: safetensors is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
         >>> write_safetensors(path, {"weight": torch.arange(3)}, 7)

@@ -36,7 +36,7 @@ def decay_coefficients(shape: str, count: int) -> list[float]:
         shape: "equal" or "linear"; "1-sqrt"; "cosine".
         count: The number n of checkpoints.
 
-    Example:
+    Examples:
         >>> [round(c, 3) for c in decay_coefficients("1-sqrt", 4)]
         [0.5, 0.207, 0.159, 0.134]
     """
@@ -82,7 +82,7 @@ def merge(
             or written, or differ in names, shapes or dtypes. Then `out` is as it was.
         OSError: A file cannot be read or written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> paths = [os.path.join(folder, name) for name in ("1.pt", "2.pt")]

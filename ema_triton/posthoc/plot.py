@@ -38,7 +38,7 @@ def plot_profiles(
         ValueError: As of `Snapshots.reconstruct`.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> from ema_triton import HalfLife
         >>> plot_profiles("profiles.png", Snapshots("run"), HalfLife(1000))  # doctest: +SKIP
     """

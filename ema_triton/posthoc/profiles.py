@@ -23,7 +23,7 @@ def gram(momenta: Tensor, vectors: Sequence[tuple[int, int]]) -> Tensor:
         momenta: fp64 [events, averages], of each event and average.
         vectors: Of each profile, after how many events which average had it.
 
-    Example:
+    Examples:
         >>> momenta = torch.tensor([[0.5], [0.5]], dtype=torch.float64)
         >>> gram(momenta, [(1, 0), (2, 0)])  # profiles 1/2, 1/2 and 1/4, 1/4, 1/2
         tensor([[0.5000, 0.2500],
@@ -49,7 +49,7 @@ def gram(momenta: Tensor, vectors: Sequence[tuple[int, int]]) -> Tensor:
 def profile(momenta: Tensor) -> Tensor:
     """One average's weights over the sources, fp64 [1 + events], from its momenta [events].
 
-    Example:
+    Examples:
         >>> profile(torch.tensor([0.5, 0.5], dtype=torch.float64))
         tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
     """
@@ -69,7 +69,7 @@ def _weigh(momenta: Tensor) -> tuple[Tensor, Tensor]:
 def momenta_of(weights: Tensor) -> Tensor:
     """The momenta that give weights over the updates, fp64 and not negative, known in advance.
 
-    Example:
+    Examples:
         >>> momenta_of(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
         tensor([0.0000, 1.0000, 0.5000], dtype=torch.float64)
     """

@@ -59,7 +59,7 @@ class Snapshots:
     Raises:
         ValueError: The dtype is another one, or the folder's log is damaged.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from ema_triton import PowerFunction
         >>> model = torch.nn.Linear(2, 1)
@@ -110,7 +110,7 @@ class Snapshots:
         Raises:
             ValueError: There are files of other averages, or without an average's weights.
 
-        Example:
+        Examples:
             >>> pair = [PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.28)]
             >>> Snapshots.from_ema_pytorch("folder", pair, update_every=10)  # doctest: +SKIP
         """
