@@ -20,23 +20,22 @@ from ema_triton.schedules import check_in_range
 
 
 class ModelEmaV3(nn.Module):
-    r"""timm's `ModelEmaV3`: the EMA of a model, as a module around the EMA model.
+    """timm's `ModelEmaV3`: the EMA of a model, as a module around the EMA model.
 
-    .. math:: decay_t = clip(1 - (1 + s / \gamma)^{-p},\ min\_decay,\ decay), \quad
-        s = step - update\_after\_step - 1
+        decay = clip(1 - (1 + s / warmup_gamma) ** -warmup_power, min_decay, decay)
 
-    with `use_warmup`, and else `decay`; up to :math:`s = 0` the online weights are copied. Without
-    a `step`, `update` takes `decay` as it is. An fp32 EMA has timm's values bit for bit, but tied
-    weights are averaged once. The EMA lies on the online model's device.
+    with `use_warmup`, where s = step - update_after_step - 1; constant otherwise. While s is not
+    above 0, the online weights are copied; and without a step `decay` counts as it is. An fp32 EMA
+    has timm's values bit for bit, but tied weights are averaged once, not once per name.
 
     Args:
         model: The online model; a DistributedDataParallel or torch.compile wrapper is taken off.
-        decay: The weight of the old value, in [0, 1]; may be assigned later, as those below.
+        decay: The weight of the old value, in [0, 1]; may be assigned later, as the next five.
         min_decay: With `use_warmup`, the decay after the copies is never below it; in [0, 1].
-        update_after_step: So many steps, and one more, copy.
+        update_after_step: So many steps, and one more, copy the online weights.
         use_warmup: Whether the decay grows with the step.
-        warmup_gamma: :math:`\gamma > 0`, in steps.
-        warmup_power: :math:`p > 0`.
+        warmup_gamma: Above 0, in steps.
+        warmup_power: Above 0.
         device: The model's, or None: there is no EMA on another one.
         dtype: dtype of the EMA's floating tensors, by default the online ones'.
         stochastic_rounding: Whether bf16 and fp16 tensors of the EMA are rounded by chance, right
@@ -47,8 +46,11 @@ class ModelEmaV3(nn.Module):
         precision: "exact", "stochastic" or "nearest", instead of `stochastic_rounding`. "exact"
             accumulates as an fp32 EMA does, in 2 more bytes per bf16 parameter (4 per fp16 one),
             which are in `ema.state_dict()` and not in timm's checkpoints.
-        backend, include, momentum_scale, nonfinite: As of `ModelEMA`.
+        backend: As of `ModelEMA`.
+        include: As of `ModelEMA`.
         exclude: As of `ModelEMA`, e.g. floating buffers that are no statistics.
+        momentum_scale: As of `ModelEMA`, factors for 1 - decay.
+        nonfinite: As of `ModelEMA`.
 
     Attributes:
         module: The EMA model, in eval mode; what timm's `unwrap_model` and saver take.
@@ -59,7 +61,7 @@ class ModelEmaV3(nn.Module):
         TypeError: An argument is no number, or a tensor is of a kind that cannot be averaged.
         NotImplementedError: `device` is not the model's, or the model is sharded.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = ModelEmaV3(model, decay=0.75)
         >>> _ = model.weight.data.fill_(1.0), ema.module.weight.data.fill_(0.0)
@@ -123,14 +125,12 @@ class ModelEmaV3(nn.Module):
 
     def get_decay(self, step: int | None = None) -> float:
         """The decay of the update after this step of the optimizer, counting from 1."""
-        if step is None:
-            return self.decay
-        step = max(0, step - self.update_after_step - 1)
-        if step == 0:
+        if step is not None and step <= self.update_after_step + 1:
             return 0.0
-        if not self.use_warmup:
+        if step is None or not self.use_warmup:
             return self.decay
-        decay = 1 - math.pow(1 + step / self.warmup_gamma, -self.warmup_power)
+        since = step - self.update_after_step - 1
+        decay = 1 - math.pow(1 + since / self.warmup_gamma, -self.warmup_power)
         return max(min(decay, self.decay), self.min_decay)
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
@@ -153,11 +153,7 @@ class ModelEmaV3(nn.Module):
         self.ema.update(momentum)
 
     def set(self, model: nn.Module) -> None:
-        """Copy the model into the EMA model, buffers too.
-
-        Args:
-            model: As of `update`, with the same errors.
-        """
+        """Copy the model into the EMA model, buffers too; argument and errors are `update`'s."""
         self._pair_with(model)
         self.ema.sync()
 

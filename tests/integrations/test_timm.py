@@ -3,18 +3,16 @@
 import copy
 import inspect
 import pickle
-import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from ema_triton import ModelEMA
 from ema_triton.integrations.timm import ModelEmaV3
 from tests.integrations import with_timm
+from tests.integrations.walks import Net, Walk, assert_equal, single_process
 from tests.oracle import Shadow
 from tests.tolerances import assert_update, update_bound
 
@@ -23,43 +21,6 @@ TimmEma = timm.utils.ModelEmaV3
 get_state_dict, unwrap_model = timm.utils.get_state_dict, timm.utils.unwrap_model
 
 STEPS = 12
-
-
-class Net(nn.Module):
-    """With every kind of tensor that timm tells apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 7)
-        self.norm = nn.BatchNorm1d(7)
-        self.last = nn.Linear(7, 2)
-        self.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
-        self.register_buffer("shift", torch.rand(7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.norm(self.first(x)).relu() + self.shift)
-
-
-class Walk:
-    """Steps of a random walk for all that a model saves, at a scale that a training has."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(1)
-
-    def __call__(self, model: nn.Module) -> None:
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=self.generator)
-                tensor.add_(noise.to(tensor.dtype), alpha=0.1)
-            else:
-                tensor.logical_not_() if tensor.dtype == torch.bool else tensor.add_(1)
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert [*found] == [*expected]
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 OPTIONS = {
@@ -251,11 +212,9 @@ def test_its_parameters_are_the_ema_models_alone() -> None:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def single() -> Iterator[None]:
+    with single_process():
+        yield
 
 
 class Wrapper(nn.Module):
@@ -280,7 +239,7 @@ class Wrapper(nn.Module):
     ],
     ids=["DDP", "compiled", "compiled DDP", "DataParallel", "a wrapper"],
 )
-def test_model_and_wrapper_are_one(wrap, built_of: str, alone: None) -> None:
+def test_model_and_wrapper_are_one(wrap, built_of: str, single: None) -> None:
     model, walk = Net(), Walk()
     wrapped = wrap(model)
     ema = ModelEmaV3(model if built_of == "model" else wrapped, decay=0.5)
@@ -378,44 +337,6 @@ def test_copies_and_pickles_go_on_with_the_model_they_are_given() -> None:
     assert together["ema"].ema.model is together["model"]
 
 
-def drift(ema: nn.Module, model: nn.Module, steps: int) -> Tensor:
-    """Where 4096 weights of the EMA get from 0 to an online 1 with a decay of 0.999."""
-    for parameter in ema.parameters():
-        parameter.data.zero_()
-    for parameter in model.parameters():
-        parameter.data.fill_(1.0)
-    for step in range(2, steps + 2):
-        ema.update(model, step)
-    return torch.cat([parameter.flatten() for parameter in ema.parameters()]).double()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_goes_on_where_rounding_to_nearest_stands_still(dtype: torch.dtype) -> None:
-    model = nn.Linear(64, 63, dtype=dtype)
-    steps, decay = 400, 0.999
-    truth = 1 - decay**steps
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stuck = drift(ModelEmaV3(model, decay, stochastic_rounding=False), model, steps)
-    assert (stuck - truth).abs().min() > 0.05 or dtype == torch.float16
-    chance = drift(ModelEmaV3(model, decay, stochastic_rounding_seed=3), model, steps)
-    exact = drift(ModelEmaV3(model, decay, precision="exact"), model, steps)
-    eps = torch.finfo(dtype).eps
-    # A walk of `steps` roundings, each at most a spacing (below 1/2: eps / 4 ... eps / 2) off.
-    deviation = eps / 2 * steps**0.5 / 2
-    assert (chance.mean() - truth).abs() < 5 * deviation / len(chance) ** 0.5
-    assert chance.unique().numel() > 1
-    assert (exact - truth).abs().max() <= eps / 2 * truth
-    assert exact.unique().numel() == 1
-
-
-def test_rounding_to_nearest_warns_as_it_stands_still() -> None:
-    model = nn.Linear(2, 2, dtype=torch.bfloat16)
-    ema = ModelEmaV3(model, stochastic_rounding=False)
-    with pytest.warns(UserWarning, match="it stands still"):
-        ema.update(model)
-
-
 def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
     def run(seed: int) -> Tensor:
         torch.manual_seed(5)
@@ -450,93 +371,6 @@ def test_a_wider_dtype_than_the_models(dtype: torch.dtype) -> None:
             # Two roundings of each here, three in timm's mul_ and add_.
             bound = 5 * STEPS * torch.finfo(dtype).eps / 2 * tensor.abs().max().item()
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=bound)
-
-
-def test_tied_weights_are_averaged_once() -> None:
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    model[1].weight = model[0].weight
-    ema, theirs = ModelEmaV3(model, decay=0.9), TimmEma(model, decay=0.9)
-    for one in (ema, theirs):
-        one.module[0].weight.data.zero_()
-    model[0].weight.data.fill_(1.0)
-    ema.update(model)
-    theirs.update(model)
-    assert ema.module[0].weight.data.unique().item() == pytest.approx(0.1)
-    assert ema.module[1].weight is ema.module[0].weight
-    assert theirs.module[0].weight.data.unique().item() == pytest.approx(0.19)
-
-
-def test_nonfinite_values_can_be_skipped() -> None:
-    model = nn.Linear(2, 2)
-    ema = ModelEmaV3(model, decay=0.5, nonfinite="skip")
-    model.weight.data[0, 0] = float("nan")
-    ema.update(model)
-    assert ema.module.weight.isfinite().all()
-    assert ema.ema.nonfinite_counts() == {"weight": 1, "bias": 0}
-
-
-def test_one_factor_of_the_momentum_by_module() -> None:
-    model = Net()
-    ema = ModelEmaV3(model, decay=0.75, momentum_scale={"last": 0.0})
-    before = ema.module.last.weight.clone()
-    Walk()(model)
-    ema.update(model)
-    assert torch.equal(ema.module.last.weight, before)
-    assert not torch.equal(ema.module.first.weight, model.first.weight)
-
-
-@pytest.mark.parametrize(("device", "on"), [("cpu", "meta"), ("cuda", "cpu"), ("cuda:1", "cpu")])
-def test_an_ema_on_another_device_than_the_models_is_an_error(device: str, on: str) -> None:
-    model = nn.Linear(2, 2, device=on)
-    with pytest.raises(NotImplementedError) as raised:
-        ModelEmaV3(model, device=device)
-    text = str(raised.value)
-    assert f"device='{device}', but 'weight' is on {on}" in text
-    assert "--model-ema-force-cpu" in text
-    assert "timm.utils.ModelEmaV3" in text
-    with pytest.raises(NotImplementedError, match=f"device='{device}'"):
-        ModelEmaV3(model, device=torch.device(device))
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"decay": 1.5}, "decay: 1.5"),
-        ({"decay": -0.1}, "decay: -0.1"),
-        ({"decay": float("nan")}, "decay: nan"),
-        ({"min_decay": 2}, "min_decay: 2"),
-        ({"warmup_gamma": 0}, "warmup_gamma: 0"),
-        ({"warmup_gamma": -1.0}, "warmup_gamma: -1.0"),
-        ({"warmup_power": 0.0}, "warmup_power: 0.0"),
-        ({"dtype": torch.int8}, "ema_dtype"),
-        ({"precision": "fine"}, "'fine'"),
-        ({"stochastic_rounding_seed": -1}, "seed"),
-    ],
-)
-def test_invalid_arguments_are_errors_at_once(options: dict[str, object], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        ModelEmaV3(nn.Linear(2, 2), **options)
-
-
-def test_an_argument_that_is_no_number_is_an_error() -> None:
-    with pytest.raises(TypeError, match=r"decay: '0\.9'"):
-        ModelEmaV3(nn.Linear(2, 2), decay="0.9")
-    with pytest.raises(TypeError, match="momentum"):
-        ModelEmaV3(nn.Linear(2, 2), momentum=0.1)
-
-
-def test_a_sharded_model_is_an_error_that_names_what_to_use(alone: None) -> None:
-    model = fully_shard(nn.Linear(2, 2), mesh=dist.init_device_mesh("cpu", (1,)))
-    with pytest.raises(NotImplementedError, match=r"sharded.*ModelEMA.*full_state_dict=True"):
-        ModelEmaV3(model)
-
-
-def test_a_torchscript_model_is_an_error() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2), check_trace=False)
-    with pytest.raises(NotImplementedError, match="TorchScript"):
-        ModelEmaV3(model)
 
 
 def test_state_dicts_go_from_timms_to_this_one_and_back() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ema_triton import ModelEMA
 from ema_triton.integrations.timm import ModelEmaV3
 from tests.integrations import with_timm
+from tests.integrations.walks import assert_equal
 from tests.ranks import run
 
 timm = with_timm.require()
@@ -168,13 +169,6 @@ class Script:
 def read(folder: Path, name: str = "last") -> dict[str, Any]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(folder / f"{name}.pth.tar", weights_only=True)
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert [*found] == [*expected]
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 HOW = [
