@@ -20,9 +20,8 @@ import torch
 FOLDER = Path(sys.prefix) / "timm"
 MODULES = ("timm", "timm.data", "timm.loss", "timm.optim", "timm.task", "timm.utils")
 
-_libraries: list[
-    torch.library.Library
-] = []  # operators are gone with the object that declared them
+# An operator is gone with the object that declared it.
+_libraries: list[torch.library.Library] = []
 
 
 def require() -> ModuleType:
@@ -43,23 +42,24 @@ def require() -> ModuleType:
 def missing() -> str:
     """Import timm; why that is impossible, if it is."""
     try:
-        return _import()
+        _import()
+        return ""
     except (ImportError, RuntimeError) as error:  # torchvision's: an operator does not exist
         installed = f"timm does not import ({error})"
     _forget("timm", "torchvision")
     if not FOLDER.is_dir():
         return f"{installed}, and there is no {FOLDER}"
-    _set_aside()
-    return _import()
-
-
-def _import() -> str:
-    for name in MODULES:
-        importlib.import_module(name)
+    _use_folder()
+    _import()
     return ""
 
 
-def _set_aside() -> None:
+def _import() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+
+
+def _use_folder() -> None:
     """Have timm and torchvision found in the folder."""
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):  # whose gradients or shapes torchvision registers in Python
