@@ -39,12 +39,14 @@ class _Schedule:
     def _check_fractions(self, *names: str) -> None:
         problem = "Outside [0, 1] the EMA is no average and may diverge: give a value in [0, 1]."
         for name in names:
-            value = _in_range(name, getattr(self, name), 0, 1, problem)
+            value = check_in_range(name, getattr(self, name), 0, 1, problem)
             object.__setattr__(self, name, value)
 
     def _check_positive(self, name: str, meaning: str) -> None:
         problem = f"It is {meaning}: give a finite value above 0."
-        value = _in_range(name, getattr(self, name), math.ulp(0.0), sys.float_info.max, problem)
+        value = check_in_range(
+            name, getattr(self, name), math.ulp(0.0), sys.float_info.max, problem
+        )
         object.__setattr__(self, name, value)
 
     def _check_count(self, name: str, least: int = 1) -> None:
@@ -391,12 +393,12 @@ class PowerFunction(_Schedule):
         if sigma_rel is not None:
             widest = 12**-0.5
             problem = f"It is the profile's width: give a value above 0 and at most {widest:.4f}."
-            sigma = _in_range("sigma_rel", sigma_rel, sys.float_info.min, widest, problem)
+            sigma = check_in_range("sigma_rel", sigma_rel, sys.float_info.min, widest, problem)
             gamma = 1 / sigma  # above the solution; each step leaves at most 2/3 of the error
             for _ in range(100):
                 gamma = max(0.0, math.sqrt((gamma + 1) / (gamma + 3)) / sigma - 2)
         problem = "It is an exponent: give a finite value from 0 on."
-        gamma = _in_range("gamma", gamma, 0, sys.float_info.max, problem)
+        gamma = check_in_range("gamma", gamma, 0, sys.float_info.max, problem)
         object.__setattr__(self, "gamma", gamma)
 
     @property
@@ -464,6 +466,15 @@ def momentum_from(schedule: Schedule, update_index: int) -> float:
     return float(momentum)
 
 
+def check_in_range(name: str, value: object, low: float, high: float, problem: str) -> float:
+    """The number as a float; an error unless it is one from `low` to `high`."""
+    if not _is_number(value):
+        raise TypeError(f"Invalid {name}: {value!r}, a {type(value).__name__}. Give a number.")
+    if not low <= float(value) <= high:
+        raise ValueError(f"Invalid {name}: {value}. {problem}")
+    return float(value)
+
+
 def check_count(name: str, value: Any, least: int = 1) -> int:  # noqa: ANN401
     """The argument as an int; raise unless it is an integer, and large enough."""
     count = round(value) if _is_number(value) and math.isfinite(value) else None
@@ -529,15 +540,6 @@ def schedule_from_state(state: Mapping[str, Any]) -> Schedule:
             f"The saved schedule {state!r} cannot be restored ({error}). It is damaged, or was "
             f"written by another release. The schedules of this one are {', '.join(_SCHEDULES)}."
         ) from error
-
-
-def _in_range(name: str, value: object, low: float, high: float, problem: str) -> float:
-    """The number as a float; an error unless it is one from `low` to `high`."""
-    if not _is_number(value):
-        raise TypeError(f"Invalid {name}: {value!r}, a {type(value).__name__}. Give a number.")
-    if not low <= float(value) <= high:
-        raise ValueError(f"Invalid {name}: {value}. {problem}")
-    return float(value)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
