@@ -131,7 +131,9 @@ def test_imports_go_down_the_floors() -> None:
         ".".join(file.relative_to(package).with_suffix("").parts): file.read_text()
         for file in package.rglob("*.py")
     }
-    empty = {f"{folder}.__init__" for folder in ("ops", "checkpoint", "distributed", "integrations")}
+    empty = {
+        f"{folder}.__init__" for folder in ("ops", "checkpoint", "distributed", "integrations")
+    }
     assert {files.pop(name) for name in empty} == {""}
     del files["__init__"], files["posthoc.__init__"]
     assert files.keys() == order.keys()

@@ -94,4 +94,4 @@ def load_model(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, strict=strict)
-    set_model_state_dict(model, state, options=options)
+    set_model_state_dict(model, {**state}, options=options)  # which puts parts into the dict

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -305,7 +306,20 @@ def test_the_ema_model_has_neither_trainer_nor_data() -> None:
     fit(model, ema)
     assert type(ema.ema.ema_model) is Net
     assert ema.ema.ema_model._trainer is None
+    assert ema.ema.ema_model.train_dataloader.__self__ is ema.ema.ema_model
     assert not ema.ema.ema_model.training
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[float]:
+        return iter(range(BATCHES))
+
+
+def test_data_of_unknown_length() -> None:
+    ema, oracle = callback(), Oracle()
+    trainer(ema, oracle).fit(Net(), DataLoader(Stream(), batch_size=1), batches(2))
+    assert ema.ema.update_index == oracle.updates == 2 * BATCHES
+    oracle.check(ema_weights(ema))
 
 
 class Configured(Net):

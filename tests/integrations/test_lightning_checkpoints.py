@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:You're resuming from a checkpoint that ended before:UserWarning"
     ),
@@ -263,6 +264,45 @@ def test_a_checkpoint_written_while_the_weights_are_swapped(
     fit(resumed, *emas, ckpt_path=tmp_path / "0.ckpt")
     assert same(weights(resumed), weights(model))
     assert all(map(same_state, emas, whole))
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_crash_and_the_trainers_own_checkpoint(epoch: int, tmp_path: Path) -> None:
+    class Crashes(Net):
+        crash = 100
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.current_epoch == self.crash:
+                raise RuntimeError("crash")
+            return super().training_step(batch, batch_idx)
+
+    options = {"max_epochs": 5, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+    model, whole = Crashes(), callback(at_end="copy")
+    fit(model, whole, **options, default_root_dir=tmp_path / "whole")
+    crashing = Crashes()
+    crashing.crash = epoch
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(crashing, callback(at_end="copy"), **options, default_root_dir=tmp_path)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    resumed, ema = Crashes.load_from_checkpoint(path), callback(at_end="copy")
+    fit(resumed, ema, **options, default_root_dir=tmp_path, ckpt_path=path)
+    assert same(weights(resumed), weights(model))
+    assert same_state(ema, whole)
+
+
+def test_the_last_checkpoint_is_written_before_the_ema_is_copied(tmp_path: Path) -> None:
+    model, whole = Net(), callback(at_end="copy")
+    fit(model, whole, max_epochs=4)
+    half, ema, oracle = Net(), callback(at_end="copy"), Oracle()
+    last = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=100)
+    fit(half, ema, oracle, last, enable_checkpointing=True)
+    assert same(load(tmp_path / "last.ckpt")["current_model_state"], oracle.online[-1])
+    assert same(load(tmp_path / "last.ckpt")["state_dict"], weights(half))
+    resumed, ema = Net(), callback(at_end="copy")
+    path, last = tmp_path / "last.ckpt", ModelCheckpoint(tmp_path, every_n_train_steps=100)
+    fit(resumed, ema, last, enable_checkpointing=True, max_epochs=4, ckpt_path=path)
+    assert same(weights(resumed), weights(model))
+    assert same_state(ema, whole)
 
 
 def test_two_averages_are_both_saved(tmp_path: Path) -> None:

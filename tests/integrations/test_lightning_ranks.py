@@ -128,6 +128,8 @@ def on_fsdp2(folder: Path) -> None:
 
         def on_validation_epoch_end(self, trainer: Any, model: Any) -> None:
             self.validated = wholes(model)
+            if not trainer.sanity_checking:  # with the weights swapped
+                trainer.save_checkpoint(under / f"epoch{trainer.current_epoch}.ckpt")
 
     # A file that rank 0 writes, and a folder of all ranks' parts.
     for number, (in_parts, submodule, compiled) in enumerate(
@@ -165,11 +167,15 @@ def on_fsdp2(folder: Path) -> None:
         assert runs.same(wholes(model), seen.oracle.online[-1])
 
         dist.barrier()
-        made, resumed, ema = trained(ckpt_path=under / "7.ckpt")
-        assert runs.same(wholes(resumed), wholes(model)), number
-        assert runs.same(wholes_of(ema.ema), state), number
-        assert ema.ema.update_index == whole.ema.update_index == 6
+        for name in ("7", "epoch0"):
+            made, resumed, ema = trained(ckpt_path=under / f"{name}.ckpt")
+            assert runs.same(wholes(resumed), wholes(model)), (number, name)
+            assert runs.same(wholes_of(ema.ema), state), (number, name)
+            assert ema.ema.update_index == whole.ema.update_index == 6
 
+        made.test(resumed, runs.batches(1), verbose=False)  # what is in memory
+        assert all(torch.equal(resumed.whole[name], value) for name, value in own.items())
+        assert runs.same(wholes(resumed), wholes(model)), number
         made.save_checkpoint(under / "last.ckpt")
         dist.barrier()
         strategy = ModelParallelStrategy(2, 1)
