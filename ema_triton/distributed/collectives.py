@@ -86,7 +86,7 @@ def load_model(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None
     Args:
         model: The model.
         state: Its `state_dict()`; of a sharded one what `gather_model` returned on rank 0.
-        strict: Whether the names must be the model's.
+        strict: Whether the names must be the model's; of a sharded one some may be missing.
     """
     if not any(map(dtensor.is_sharded, model.parameters())):
         model.load_state_dict(state, strict=strict)

@@ -10,7 +10,6 @@ from ema_triton.distributed import collectives
 from tests import ranks
 from tests.sharded import Net, by_fsdp, change, wholes
 
-
 pytestmark = pytest.mark.distributed
 
 
@@ -25,10 +24,9 @@ def gather_and_load() -> None:
         collectives.load_model(target, gathered[0], strict=True)
         assert all(torch.equal(value, gathered[0][name]) for name, value in wholes(target).items())
     without = {name: value for name, value in gathered[0].items() if name != "scale"}
-    for target in (other, plain):
-        collectives.load_model(target, without, strict=False)
-        with pytest.raises(RuntimeError, match="scale"):
-            collectives.load_model(target, without, strict=True)
+    collectives.load_model(plain, without, strict=False)
+    with pytest.raises(RuntimeError, match="scale"):
+        collectives.load_model(plain, without, strict=True)
 
 
 def test_whole_state_dicts_of_sharded_models() -> None:
