@@ -134,10 +134,12 @@ def test_a_crash_after_any_batch(accumulate: int, tmp_path: Path) -> None:
     for batch in range(1, 2 * BATCHES):
         resumed, alone, ema = Net(), Net(), callback()
         path = tmp_path / f"{batch}.ckpt"
-        fit(resumed, ema, accumulate_grad_batches=accumulate, ckpt_path=path)
+        made = fit(resumed, ema, accumulate_grad_batches=accumulate, ckpt_path=path)
         within = batch % BATCHES % accumulate and batch % BATCHES != 0
         if not within:
             assert same(weights(resumed), weights(model)), batch
+            made.test(resumed, batches(1), verbose=False)  # without ckpt_path: what is in memory
+            assert same(resumed.seen["test"][0], ema_weights(ema))
             assert same_state(ema, whole), batch
             continue
         # Lightning drops what had been accumulated: as without the EMA, so with it.
@@ -339,9 +341,9 @@ def test_two_parts_are_both_under_state_dict(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_an_ema_begins_it_as_a_copy(tmp_path: Path) -> None:
     model, oracle = Net(), Oracle()
-    fit(Net(), Save(tmp_path), Oracle(), max_epochs=1)
+    fit(Net(), Save(tmp_path), max_epochs=1)
     ema = callback()
-    fit(Net(), ema)  # what it has from another fit is not the checkpoint's
+    fit(model, ema)  # what it has from another fit is not the checkpoint's
     fit(model, ema, oracle, ckpt_path=tmp_path / "5.ckpt")
     assert ema.ema.update_index == oracle.updates == BATCHES
     oracle.check(ema_weights(ema))
@@ -397,6 +399,35 @@ def test_a_part_of_lightnings_own_averaging(tmp_path: Path) -> None:
     for name, value in again["state_dict"].items():
         kind = "state_dict" if name.startswith("net.") else "current_model_state"
         assert torch.equal(value, saved[kind][name]), name
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_what_a_metric_saves_is_no_part_of_an_average(tmp_path: Path) -> None:
+    class Measured(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = torchmetrics.MeanMetric()
+            self.metric.persistent(True)
+
+    torchmetrics = pytest.importorskip("torchmetrics")
+    fit(Measured(), of_lightning(), Save(tmp_path), max_epochs=1)
+    ema = callback()
+    with pytest.warns(UserWarning, match=r"'metric.mean_value'.*were left out"):
+        made = fit(Measured(), ema, ckpt_path=tmp_path / "5.ckpt", max_epochs=1)
+    assert ema.ema.update_index == BATCHES
+    made.save_checkpoint(tmp_path / "own.ckpt")
+    assert "metric.mean_value" in load(tmp_path / "own.ckpt")["state_dict"]
+    fit(Measured(), callback(), ckpt_path=tmp_path / "own.ckpt")
+
+
+def test_the_checkpoint_of_another_model_has_its_own_weights(tmp_path: Path) -> None:
+    ema, other = callback(), Net()
+    fit(Net(), ema)
+    made = trainer(ema)
+    made.validate(other, batches(1), verbose=False)
+    saved = save(made, tmp_path / "other.ckpt")
+    assert same(saved["state_dict"], weights(other))
+    assert "current_model_state" not in saved
 
 
 @pytest.mark.parametrize("first", [True, False])
