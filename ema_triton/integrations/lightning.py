@@ -31,7 +31,7 @@ else:
     new = [one for one in found if tuple(map(int, one.__version__.split(".")[:2])) >= (2, 4)]
     if not new:
         versions = (
-            ", ".join(f"{one.__name__} {one.__version__}" for one in found) or "none that imports"
+            ", ".join(f"{one.__name__} {one.__version__}" for one in found) or "none to import"
         )
         raise ImportError(
             f"EMACallback needs Lightning 2.4 or later, but found {versions}. Install it with: pip "

@@ -123,7 +123,7 @@ def test_without_lightning_it_says_what_to_install() -> None:
         without=("lightning", "pytorch_lightning"),
     )
     assert "EMACallback needs Lightning 2.4 or later" in found
-    assert "found none that imports" in found
+    assert "found none to import" in found
     assert "pip install 'ema-triton[lightning]'" in found
     assert "ModelEMA" in found
 
