@@ -30,11 +30,9 @@ else:
             found.append(importlib.import_module(package))
     new = [one for one in found if tuple(map(int, one.__version__.split(".")[:2])) >= (2, 4)]
     if not new:
-        versions = (
-            ", ".join(f"{one.__name__} {one.__version__}" for one in found) or "none to import"
-        )
+        numbers = [f"{one.__name__} {one.__version__}" for one in found] or "none to import"
         raise ImportError(
-            f"EMACallback needs Lightning 2.4 or later, but found {versions}. Install it with: pip "
+            f"EMACallback needs Lightning 2.4 or later, but found {numbers}. Install it with: pip "
             "install 'ema-triton[lightning]'. Without Lightning, use ema_triton.ModelEMA."
         )
     Callback = type("Callback", tuple(one.Callback for one in new), {})

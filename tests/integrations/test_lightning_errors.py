@@ -143,7 +143,7 @@ def test_too_old_a_lightning_is_named() -> None:
         """,
         without=("pytorch_lightning",),
     )
-    assert "found lightning.pytorch 2.3.1" in found
+    assert "found ['lightning.pytorch 2.3.1']" in found
 
 
 TRAINS = """
