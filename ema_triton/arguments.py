@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import TypedDict
 
@@ -36,6 +36,10 @@ CHOICES: dict[str, tuple[tuple[object, ...], str]] = {
         PRECISIONS,
         "It says how a bf16 or fp16 EMA takes steps smaller than its dtype's: 'exact' keeps a "
         "residual for each weight, 'stochastic' rounds by chance, 'nearest' drops it.",
+    ),
+    "at_end": (
+        ("keep", "copy"),
+        "It says whether the EMA is copied into the model when a fit has ended.",
     ),
     "nonfinite": (
         ("propagate", "skip"),
@@ -157,9 +161,19 @@ def check_names(what: str, given: object, own: Iterable[str]) -> None:
         )
 
 
-def check_options(owner: type, options: Mapping[str, object], accepts: type) -> None:
-    """Raise TypeError if a keyword argument is neither `owner`'s nor one of `accepts`."""
+def check_options(
+    owner: type, options: Mapping[str, object], accepts: type, *, but_for: Collection[str] = ()
+) -> None:
+    """Raise TypeError if a keyword argument is neither `owner`'s nor one of `accepts`.
+
+    Args:
+        owner: What they were given to.
+        options: The arguments.
+        accepts: To what `owner` hands them on.
+        but_for: Those of `accepts` that `owner` gives itself.
+    """
     accepted = {**signature(owner).parameters, **signature(accepts).parameters}
+    accepted = {name: one for name, one in accepted.items() if name not in but_for}
     for name in options.keys() - accepted:
         names = ", ".join(one for one in accepted if one != "options")
         raise TypeError(

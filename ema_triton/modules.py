@@ -152,6 +152,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(compiled) if isinstance(compiled, nn.Module) else model
 
 
+def submodule_of(model: nn.Module, name: str) -> nn.Module:
+    """The part of a model with this name, unwrapped; the model if the name is empty.
+
+    Raises:
+        ValueError: There is no module of this name.
+    """
+    try:
+        return unwrap(model.get_submodule(name))
+    except AttributeError as error:
+        parts = ", ".join(repr(part) for part, _ in model.named_children())
+        raise ValueError(
+            f"submodule={name!r} is no module of {type(model).__name__}, whose parts are {parts}. "
+            "Give one of these, or a part of one by its name in named_modules()."
+        ) from error
+
+
 def with_caches(model: nn.Module) -> list[nn.Module]:
     """The modules that override `train`, as those do that cache in eval mode what they computed."""
     return [one for one in model.modules() if type(one).train is not nn.Module.train]

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from ema_triton.checkpoint import interop
 from ema_triton.distributed import collectives, dtensor
-from ema_triton.modules import (
-    clean_weights,
-)
+from ema_triton.modules import clean_name, clean_weights
 from ema_triton.ops.precision import (
     PRECISIONS,
     RESIDUAL_DTYPE,
@@ -473,3 +471,51 @@ def restore(saved: SavedState, ema: EMAState) -> list[str]:
             )
         ema.schedule = saved.schedule
     return said
+
+
+def with_weights(
+    state: Mapping[str, Any], weights: Mapping[str, Any], submodule: str = ""
+) -> dict[str, Any]:
+    """A model's state dict with the weights of an EMA of it, or of a part of it, in their places.
+
+    Args:
+        state: The model's, whose names may have what wrappers inserted.
+        weights: The EMA's, by clean name.
+        submodule: The name of the part.
+    """
+    return {
+        name: weights.get(_within(name, submodule) or "", value) for name, value in state.items()
+    }
+
+
+def of_weight_averaging(checkpoint: Mapping[str, Any], submodule: str = "") -> dict[str, Any]:
+    """The average in a checkpoint of Lightning's `WeightAveraging`, as an EMA's state.
+
+    It may have more than the EMA, namely what metrics save: it is to be loaded with strict=False.
+
+    Args:
+        checkpoint: All of it; {} is returned if it has no such average.
+        submodule: The name of the part of the model that the EMA is of.
+    """
+    if not {"averaging_state", "state_dict"} <= checkpoint.keys():
+        return {}
+    weights = {
+        own: value
+        for name, value in clean_weights(checkpoint["state_dict"]).items()
+        if (own := _within(name, submodule)) is not None
+    }
+    return {
+        "version": VERSION,
+        "update_index": int(checkpoint["averaging_state"]["n_averaged"]),
+        "schedule": None,
+        "weights": weights,
+        "precision": "nearest",
+        "residuals": {},
+        "random_state": None,
+    }
+
+
+def _within(name: str, submodule: str) -> str | None:
+    """A model's name of what is in a submodule as the submodule's own, clean; None if it is not."""
+    name, prefix = clean_name(name), clean_name(f"{submodule}.") if submodule else ""
+    return name.removeprefix(prefix) if name.startswith(prefix) else None

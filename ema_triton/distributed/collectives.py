@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_triton.distributed import dtensor
 
@@ -69,3 +69,29 @@ def scatter_from_rank0(tensor: Tensor, like: Tensor) -> Tensor:
     part = dtensor.shard_like(whole, like)
     assert part is not None  # of all elements, any part is a slice
     return dtensor.wrap_like(part.clone(), like)
+
+
+def gather_model(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a sharded model, with whole tensors on the CPU of rank 0; elsewhere {}."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+
+
+def load_model(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
+    """Load a state dict with whole tensors, which every rank has, into a model, sharded or not.
+
+    Args:
+        model: The model.
+        state: Its `state_dict()`; of a sharded one what `gather_model` returned on rank 0.
+        strict: Whether the names must be the model's; of a sharded one some may be missing.
+    """
+    if not any(map(dtensor.is_sharded, model.parameters())):
+        model.load_state_dict(state, strict=strict)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    set_model_state_dict(model, {**state}, options=options)  # which puts parts into the dict
