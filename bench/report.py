@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,8 @@ def section(found: list[Results]) -> str:
         if results.kind == "update":
             shown = _pictures(results).values()
             parts.append("\n".join(f"![{title}]({link(path)})" for title, path in shown))
-    return "\n\n".join(parts)
+    # Else the name torch._foreach_lerp_ is half in italics.
+    return re.sub(r"(?<=\w)_(?!\w)|(?<!\w)_(?=\w)", r"\\_", "\n\n".join(parts))
 
 
 def link(picture: Path) -> str:

@@ -40,7 +40,7 @@ __all__ = [
     "PowerFunction",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

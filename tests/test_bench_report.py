@@ -138,6 +138,14 @@ def test_the_page_has_the_committed_drift() -> None:
     assert report.with_section(page, drift.section(other), *markers) != page
 
 
+def test_no_name_is_in_italics() -> None:
+    rows = [row("torch._foreach_lerp_", 1.0), row("foreach_mul (_x)", 2.0)]
+    text = report.section([Results("update", MACHINE, "c", "d", rows)])
+    assert r"| torch.\_foreach_lerp\_ |" in text
+    assert r"| foreach_mul (\_x) |" in text
+    assert "| torch._foreach_lerp_ |" in report.table(Results("update", MACHINE, "c", "d", rows))
+
+
 def test_a_page_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="must have the lines"):
         report.with_section("nothing here", "new")

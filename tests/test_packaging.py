@@ -90,7 +90,7 @@ def test_the_sdist_has_the_tests_and_what_they_read(built: Built) -> None:
         assert {name for name in found if name.startswith(f"{folder}/")} == files_in(folder)
     assert {
         *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
-        *("Makefile", "constraints.txt", "pyproject.toml"),
+        *("CITATION.cff", "Makefile", "constraints.txt", "pyproject.toml"),
     } <= found
     assert not {name for name in found if name.startswith((".venv", ".ci", "dist/"))}
 
@@ -166,6 +166,38 @@ def test_the_sdist_makes_the_wheel_that_the_source_makes(built: Built, tmp_path:
 
     assert record(wheel) == record(built.wheel)
     assert len(record(wheel)) == len(in_wheel(wheel)) > 30
+
+
+def test_version_date_and_authors_are_the_same_everywhere() -> None:
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    # Required by version 1.2.0 of the format, and what else it knows of these.
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation.keys() <= {
+        *("cff-version", "message", "type", "title", "abstract", "authors", "keywords"),
+        *("license", "version", "date-released"),
+    }
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert citation["version"] == VERSION == "0.2.0"
+    project = (ROOT / "pyproject.toml").read_text()
+    assert citation["license"] in re.findall(r'^license = "(.*)"$', project, re.MULTILINE)
+    for author in citation["authors"]:
+        assert author.keys() == {"name"}
+        assert f'authors = [{{ name = "{author["name"]}" }}]' in project
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
+    assert headings[:2] == ["[Unreleased]", f"[{VERSION}] - {citation['date-released']}"]
+
+
+def test_the_changelog_says_first_what_to_do() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    newest = changelog.split("\n## [")[2]
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", newest, re.MULTILINE | re.DOTALL))
+    assert [*sections] == ["Changed", "Removed", "Fixed", "Security", "Added"]
+    for bullet in sections["Changed"].split("\n- ")[1:]:
+        assert re.search(r"\bBefore:.*\bNow:.*\bDo:", bullet, re.DOTALL), bullet
+    for bullet in sections["Removed"].split("\n- ")[1:]:
+        assert "Do:" in bullet, bullet
 
 
 def calls(source: str) -> list[tuple[str, dict[str, str]]]:
