@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
+pytest.importorskip("ignite")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState

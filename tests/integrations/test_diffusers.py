@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
+pytest.importorskip("ignite")
 pytest.importorskip("safetensors")
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
