@@ -79,5 +79,5 @@ gpu-memcheck:
 	$(PYTHON) -m pytest -m memcheck -v -ra tests/test_gpu_memory.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run fsdp2_run posthoc_run site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info digits_run tensorboard_run fsdp2_run posthoc_run ddp_run ddpm_run site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +
