@@ -158,8 +158,8 @@ def check_names(what: str, given: object, own: Iterable[str]) -> None:
 
 
 def check_options(owner: type, options: Mapping[str, object], accepts: type) -> None:
-    """Raise TypeError if a keyword argument is neither `owner`'s nor one of `accepts`."""
-    accepted = {**signature(owner).parameters, **signature(accepts).parameters}
+    """Raise TypeError if an argument is neither `owner`'s nor, after the model, `accepts`'s."""
+    accepted = dict.fromkeys([*signature(owner).parameters, *[*signature(accepts).parameters][1:]])
     for name in options.keys() - accepted:
         names = ", ".join(one for one in accepted if one != "options")
         raise TypeError(
