@@ -164,7 +164,7 @@ def check_names(what: str, given: object, own: Iterable[str]) -> None:
 def check_options(
     owner: type, options: Mapping[str, object], accepts: type, *, but_for: Collection[str] = ()
 ) -> None:
-    """Raise TypeError if a keyword argument is neither `owner`'s nor one of `accepts`.
+    """Raise TypeError if an argument is neither `owner`'s nor, after the model, `accepts`'s.
 
     Args:
         owner: What they were given to.
@@ -172,8 +172,8 @@ def check_options(
         accepts: To what `owner` hands them on.
         but_for: Those of `accepts` that `owner` gives itself.
     """
-    accepted = {**signature(owner).parameters, **signature(accepts).parameters}
-    accepted = {name: one for name, one in accepted.items() if name not in but_for}
+    known = [*signature(owner).parameters, *[*signature(accepts).parameters][1:]]
+    accepted = dict.fromkeys(name for name in known if name not in but_for)
     for name in options.keys() - accepted:
         names = ", ".join(one for one in accepted if one != "options")
         raise TypeError(

@@ -21,7 +21,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler as IgniteHandler
 
 from ema_triton import EMAHandler, ModelEMA
-from ema_triton.arguments import Options
+from ema_triton.arguments import Options, check_options
 from ema_triton.schedules import Constant
 from tests.engines import (
     BATCHES,
@@ -301,6 +301,16 @@ def test_unknown_keywords_are_errors_that_list_the_known_ones() -> None:
     assert text.startswith("EMAHandler got an unexpected keyword argument 'momentum_warm_up'")
     known = {*inspect.signature(ModelEMA).parameters, *inspect.signature(EMAHandler).parameters}
     assert {*text.rpartition("It takes: ")[2].rstrip(".").split(", ")} == known - {"options"}
+
+
+def test_the_model_is_no_option_of_what_does_not_take_one() -> None:
+    class WithoutModel:
+        def __init__(self, schedule: object, **options: object) -> None: ...
+
+    with pytest.raises(TypeError, match="unexpected keyword argument 'model'") as error:
+        check_options(WithoutModel, {"model": unit_model(), "seed": 1}, ModelEMA)
+    known = {*inspect.signature(ModelEMA).parameters, "schedule"} - {"model"}
+    assert {*str(error.value).rpartition("It takes: ")[2].rstrip(".").split(", ")} == known
 
 
 def test_the_typed_options_are_those_of_model_ema() -> None:

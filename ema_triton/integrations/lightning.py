@@ -75,7 +75,7 @@ class EMACallback(Callback):
         **options: Unpack[Options],
     ) -> None:
         check_schedule(schedule)
-        check_options(EMACallback, options, ModelEMA, but_for=("model", "ema_model"))
+        check_options(EMACallback, options, ModelEMA, but_for=["ema_model"])
         check_choices(options.get("seed", 0), at_end=at_end)
         self._build = partial(ModelEMA, handle_buffers=handle_buffers, **options)
         # An EMA of nothing refuses the other arguments; patterns would match nothing there.
