@@ -24,6 +24,7 @@ MODULES = [
     "model_ema",
     "bank",
     "handler",
+    "integrations.timm",
     "posthoc.merging",
     "posthoc.profiles",
     "posthoc.snapshots",
