@@ -12,6 +12,7 @@ import venv
 import zipfile
 from email import message_from_string
 from email.message import Message
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,19 @@ class Built(NamedTuple):
     sdist: Path
 
 
+def needs(*packages: str) -> None:
+    """Skip where one is absent.
+
+    A look for the module pip, as importorskip has it, makes setuptools take its distutils away from
+    the whole process, and torch.compile fails in a later test.
+    """
+    for package in packages:
+        try:
+            distribution(package)
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is not installed")
+
+
 def run(*command: object, folder: Path) -> str:
     """What a command prints; it runs where no source is imported by chance."""
     done = subprocess.run(
@@ -40,8 +54,7 @@ def run(*command: object, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """What `python -m build` makes, the wheel out of the sdist; offline, with what is installed."""
-    pytest.importorskip("build")
-    pytest.importorskip("hatchling")
+    needs("build", "hatchling")
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, folder=folder)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
@@ -135,7 +148,7 @@ print(importlib.metadata.version("ema-triton"))
 def test_it_installs_offline_and_runs_in_an_empty_environment(
     built: Built, kind: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("pip")
+    needs("pip")
     venv.create(tmp_path)  # with nothing in it, not even pip
     python = tmp_path / "bin" / "python"
     (site,) = tmp_path.glob("lib/python3.*/site-packages")
