@@ -217,12 +217,12 @@ def test_the_readmes_figures_are_those_of_the_committed_results() -> None:
         for row in reversed(results.rows)  # the first timing counts
         if (row.case, row.schedule) == ("fp32<-fp32", "constant") and "device" in row.times
     }
-    ours, theirs = "ema_triton (triton)", "Ignite EMAHandler"
-    large = {peer: times["llama-7b", peer] for peer in (ours, theirs, LIMIT)}
+    ours, peer = "ema_triton (triton)", "Ignite EMAHandler"
+    large = {peer: times["llama-7b", peer] for peer in (ours, peer, LIMIT)}
     figures = [
         f"fp32 takes {large[ours]:.1f} ms, {large[LIMIT] / large[ours]:.0%} of the bandwidth",
-        f"Ignite's takes {large[theirs]:.1f} ms",
-        f"the host: {times['resnet50', ours]:.2f} ms, Ignite's {times['resnet50', theirs]:.2f}",
+        f"Ignite's takes {large[peer]:.1f} ms",
+        f"the host: {times['resnet50', ours]:.2f} ms, Ignite's {times['resnet50', peer]:.2f}",
     ]
     readme = " ".join((ROOT / "README.md").read_text().split()).replace(" %", "%")
     for figure in figures:

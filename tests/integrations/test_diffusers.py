@@ -94,9 +94,9 @@ WARMUP = {"decay": 0.9, "use_ema_warmup": True, "power": 3 / 4}
 def test_side_by_side_with_emamodel_and_float64(
     arguments: dict[str, Any], schedule: Schedule, frozen: str
 ) -> None:
-    """Each of ours is 1 eps from float64, of the largest value so far, and each of theirs 4.
+    """Each of ours is 1 eps from float64, of the largest value so far, and each of the peer 4.
 
-    Theirs rounds the difference (half an eps of at most twice the largest), 1 - decay (as much of
+    The peer rounds the difference (half an eps of at most twice the largest), 1 - decay (as much of
     their product), the product and the result.
     """
     unet = make_unet()
@@ -104,7 +104,7 @@ def test_side_by_side_with_emamodel_and_float64(
         unet.get_submodule(frozen).requires_grad_(False)
     training = Training(unet)
     parameters = dict(unet.named_parameters())
-    theirs = EMAModel(unet.parameters(), **arguments)
+    peer = EMAModel(unet.parameters(), **arguments)
     ours = ModelEMA(unet)
     ours.follow(training.optimizer, schedule)
     truth = Shadow(parameters)
@@ -112,11 +112,11 @@ def test_side_by_side_with_emamodel_and_float64(
     updates = 12
     for index in range(1, updates + 1):
         training.step()
-        theirs.step(unet.parameters())
+        peer.step(unet.parameters())
         truth.update(parameters, schedule(index))
         for name, value in parameters.items():
             largest[name] = torch.maximum(largest[name], value.detach().double().abs())
-    shadows = dict(zip(parameters, theirs.shadow_params, strict=True))
+    shadows = dict(zip(parameters, peer.shadow_params, strict=True))
     eps = torch.finfo(torch.float32).eps
     for name, value in ours.ema_model.named_parameters():
         bound = updates * eps * largest[name]
@@ -150,9 +150,9 @@ TABLE = {
 @pytest.mark.parametrize("case", TABLE)
 def test_the_pages_table_of_schedules_has_their_decays(case: str) -> None:
     arguments, schedule = TABLE[case]
-    theirs = EMAModel([], **arguments)
+    peer = EMAModel([], **arguments)
     for step in (*range(1, 300), 5_000, 100_000, 10_000_000):
-        assert schedule(step) == pytest.approx(1 - theirs.get_decay(step), rel=1e-9, abs=1e-15)
+        assert schedule(step) == pytest.approx(1 - peer.get_decay(step), rel=1e-9, abs=1e-15)
     rows = [row for row in page().splitlines() if row.startswith("| `") and "EMAModel(" in row]
     shown = {row.split("|")[1].strip(" `"): row.split("|")[2].strip(" `") for row in rows}
     assert len(shown) == len(TABLE)
@@ -203,12 +203,12 @@ def test_an_exception_leaves_the_online_weights_where_store_and_restore_leave_th
 ) -> None:
     training = Training(make_unet())
     unet = training.unet
-    theirs = EMAModel(unet.parameters(), decay=0.9)
+    peer = EMAModel(unet.parameters(), decay=0.9)
     ema = ModelEMA(unet, as_module=as_module)
     ema.follow(training.optimizer, DEFAULT)
     for _ in range(3):
         training.step()
-        theirs.step(unet.parameters())
+        peer.step(unet.parameters())
     before = copies(unet)
     evaluated: dict[str, Tensor] = {}
 
@@ -225,10 +225,10 @@ def test_an_exception_leaves_the_online_weights_where_store_and_restore_leave_th
     unet.load_state_dict(before)
 
     def evaluate_theirs() -> None:
-        theirs.store(unet.parameters())
-        theirs.copy_to(unet.parameters())
+        peer.store(unet.parameters())
+        peer.copy_to(unet.parameters())
         raise ZeroDivisionError
-        theirs.restore(unet.parameters())
+        peer.restore(unet.parameters())
 
     with pytest.raises(ZeroDivisionError):
         evaluate_theirs()
@@ -259,8 +259,8 @@ def test_what_the_ema_model_saves_diffusers_loads_bit_by_bit(
     again = DDPMPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=dtype).unet
     assert_same(copies(again), copies(ema.ema_model))
     # As their scripts resume an EMA.
-    theirs = EMAModel.from_pretrained(tmp_path / "unet_ema", UNet2DModel)
-    for shadow, parameter in zip(theirs.shadow_params, ema.ema_model.parameters(), strict=True):
+    peer = EMAModel.from_pretrained(tmp_path / "unet_ema", UNet2DModel)
+    for shadow, parameter in zip(peer.shadow_params, ema.ema_model.parameters(), strict=True):
         assert torch.equal(shadow.to(dtype), parameter)
 
 
@@ -272,16 +272,16 @@ def handler_of(unet: UNet2DModel) -> ModelEMA:
 def test_an_ema_goes_on_from_the_folder_and_step_of_emamodel(build: Any, tmp_path: Path) -> None:
     unet = make_unet()
     training = Training(unet)
-    theirs = EMAModel(unet.parameters(), decay=0.9, model_cls=UNet2DModel, model_config=unet.config)
+    peer = EMAModel(unet.parameters(), decay=0.9, model_cls=UNet2DModel, model_config=unet.config)
     for _ in range(4):
         training.step()
-        theirs.step(unet.parameters())
-    theirs.save_pretrained(tmp_path / "unet_ema")
+        peer.step(unet.parameters())
+    peer.save_pretrained(tmp_path / "unet_ema")
     ours = build(unet)
     with pytest.warns(UserWarning, match=r"counts 4 updates: set update_index") as caught:
         ours.load_weights(tmp_path / "unet_ema")
     assert len(caught) == 1
-    for parameter, shadow in zip(ours.ema_model.parameters(), theirs.shadow_params, strict=True):
+    for parameter, shadow in zip(ours.ema_model.parameters(), peer.shadow_params, strict=True):
         assert torch.equal(parameter, shadow)
     ours.update_index = 4
     forgetful = build(unet)
@@ -290,27 +290,27 @@ def test_an_ema_goes_on_from_the_folder_and_step_of_emamodel(build: Any, tmp_pat
     forgetful.follow(training.optimizer, DEFAULT)
     for _ in range(3):
         training.step()
-        theirs.step(unet.parameters())
+        peer.step(unet.parameters())
     eps = torch.finfo(torch.float32).eps
-    for ema, shadow in zip(ours.ema_model.parameters(), theirs.shadow_params, strict=True):
+    for ema, shadow in zip(ours.ema_model.parameters(), peer.shadow_params, strict=True):
         largest = max(1.0, shadow.abs().max().item())  # no weight gets as large in seven steps
         assert ((ema - shadow).abs() <= 3 * 5 * eps * largest).all()
     control = forgetful.ema_model.conv_in.weight
-    assert not torch.allclose(control, theirs.shadow_params[0], rtol=1e-4)
+    assert not torch.allclose(control, peer.shadow_params[0], rtol=1e-4)
 
 
 def test_in_bfloat16_ours_moves_where_emamodel_stands_still() -> None:
     unet = make_unet().to(torch.bfloat16)
-    theirs, ours = EMAModel(unet.parameters(), decay=0.999), ModelEMA(unet)
+    peer, ours = EMAModel(unet.parameters(), decay=0.999), ModelEMA(unet)
     begin = copies(unet)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.copy_(1.1 * parameter)
-    theirs.optimization_step = 10**6  # long after the warm-up
+    peer.optimization_step = 10**6  # long after the warm-up
     for _ in range(400):
-        theirs.step(unet.parameters())
-        ours.update(1 - theirs.cur_decay_value)
-    for shadow, value in zip(theirs.shadow_params, begin.values(), strict=True):
+        peer.step(unet.parameters())
+        ours.update(1 - peer.cur_decay_value)
+    for shadow, value in zip(peer.shadow_params, begin.values(), strict=True):
         assert torch.equal(shadow, value)
     expected = 0.1 * (1 - 0.999**400)
     moved = ours.ema_model.conv_in.weight / begin["conv_in.weight"] - 1
@@ -338,7 +338,7 @@ def test_lora_through_include_is_emamodel_of_the_trainable_parameters() -> None:
     unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=layers))
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.05)
-    theirs = EMAModel(trained.values(), decay=0.9)
+    peer = EMAModel(trained.values(), decay=0.9)
     ema = ModelEMA(unet, include="*lora_*", as_module=False)
     ema.follow(optimizer, DEFAULT)
 
@@ -351,16 +351,16 @@ def test_lora_through_include_is_emamodel_of_the_trainable_parameters() -> None:
         predict().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        theirs.step(trained.values())
+        peer.step(trained.values())
     weights = ema.state_dict()["weights"]
     assert weights.keys() == trained.keys()  # no base is held
-    for value, shadow in zip(weights.values(), theirs.shadow_params, strict=True):
+    for value, shadow in zip(weights.values(), peer.shadow_params, strict=True):
         torch.testing.assert_close(value, shadow)
     with torch.no_grad():
         online = predict()
         with ema.swapped():
             averaged = predict()
-        theirs.copy_to(trained.values())
+        peer.copy_to(trained.values())
         torch.testing.assert_close(averaged, predict())
         assert not torch.allclose(averaged, online, rtol=1e-3)
     saved = peft.get_peft_model_state_dict(unet, state_dict=weights)

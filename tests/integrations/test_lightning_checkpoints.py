@@ -374,9 +374,9 @@ def of_lightning(**options: Any) -> Any:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_a_training_with_lightnings_own_averaging_goes_on(compiled: bool, tmp_path: Path) -> None:
-    theirs, model = of_lightning(), Net(compiled=compiled)
-    fit(model, theirs, Save(tmp_path))
-    own = theirs._average_model.module
+    peer, model = of_lightning(), Net(compiled=compiled)
+    fit(model, peer, Save(tmp_path))
+    own = peer._average_model.module
     ema = callback(Delayed(Constant(0.1), 1), handle_buffers="update")
     fit(Net(compiled=compiled), ema, ckpt_path=tmp_path / "4.ckpt")
     assert ema.ema.update_index == 2 * BATCHES

@@ -61,16 +61,16 @@ def test_the_constructor_is_timms() -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_value_is_timms_bit_for_bit(options: dict[str, object], counted: bool) -> None:
     model, walk = Net(), Walk()
-    ours, theirs = ModelEmaV3(model, **options), TimmEma(model, **options)
-    assert_equal(ours.state_dict(), theirs.state_dict())
+    ours, peer = ModelEmaV3(model, **options), TimmEma(model, **options)
+    assert_equal(ours.state_dict(), peer.state_dict())
     for count in range(1, STEPS + 1):
         walk(model)
         step = count if counted else None
-        assert ours.get_decay(step) == theirs.get_decay(step)
+        assert ours.get_decay(step) == peer.get_decay(step)
         ours.update(model, step=step)
-        theirs.update(model, step=step)
-        assert_equal(ours.state_dict(), theirs.state_dict())
-        assert_equal(get_state_dict(ours), get_state_dict(theirs))
+        peer.update(model, step=step)
+        assert_equal(ours.state_dict(), peer.state_dict())
+        assert_equal(get_state_dict(ours), get_state_dict(peer))
 
 
 def test_control_the_walk_and_the_options_tell_averages_apart() -> None:
@@ -243,13 +243,13 @@ def test_model_and_wrapper_are_one(wrap, built_of: str, single: None) -> None:
     model, walk = Net(), Walk()
     wrapped = wrap(model)
     ema = ModelEmaV3(model if built_of == "model" else wrapped, decay=0.5)
-    theirs = TimmEma(model, decay=0.5)
+    peer = TimmEma(model, decay=0.5)
     built = ema.ema
     for given in (model, wrapped, unwrap_model(wrapped), wrapped):
         walk(model)
         ema.update(given)
-        theirs.update(model)
-        assert_equal(get_state_dict(ema), get_state_dict(theirs))
+        peer.update(model)
+        assert_equal(get_state_dict(ema), get_state_dict(peer))
     assert ema.ema is built
     assert ema.ema.update_index == 4
     assert ema(torch.randn(2, 5)).shape == (2, 2)
@@ -290,34 +290,34 @@ def test_a_model_of_other_names_is_an_error_and_nothing_is_updated() -> None:
 
 def test_a_module_that_was_replaced_is_the_one_averaged() -> None:
     model, walk = Net(), Walk()
-    ema, theirs = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
-    for one in (ema, theirs):
+    ema, peer = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
+    for one in (ema, peer):
         one.module = copy.deepcopy(model)
         for parameter in one.module.parameters():
             parameter.data.zero_()
     walk(model)
-    for one in (ema, theirs):
+    for one in (ema, peer):
         one.update(model)
-    assert_equal(ema.state_dict(), theirs.state_dict())
+    assert_equal(ema.state_dict(), peer.state_dict())
     ema.module = torch.compile(ema.module, backend="eager")
     built = ema.ema
     ema.update(model)
-    theirs.update(model)
+    peer.update(model)
     assert ema.ema is built
-    assert_equal(get_state_dict(ema), get_state_dict(theirs))
+    assert_equal(get_state_dict(ema), get_state_dict(peer))
 
 
 def test_batch_norms_may_become_synchronised_after_it_was_built() -> None:
     """As timm's script says: after cuda(), before SyncBN and DDP."""
     model, walk = Net(), Walk()
-    ema, theirs = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
+    ema, peer = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert isinstance(model.norm, nn.SyncBatchNorm)
     for _ in range(2):
         walk(model)
         ema.update(model)
-        theirs.update(model)
-        assert_equal(ema.state_dict(), theirs.state_dict())
+        peer.update(model)
+        assert_equal(ema.state_dict(), peer.state_dict())
 
 
 def test_copies_and_pickles_go_on_with_the_model_they_are_given() -> None:
@@ -359,12 +359,12 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_wider_dtype_than_the_models(dtype: torch.dtype) -> None:
     model, walk = Net().bfloat16(), Walk()
-    ema, theirs = (one(model, decay=0.99, dtype=dtype) for one in (ModelEmaV3, TimmEma))
+    ema, peer = (one(model, decay=0.99, dtype=dtype) for one in (ModelEmaV3, TimmEma))
     for step in range(1, STEPS + 1):
         walk(model)
         ema.update(model, step)
-        theirs.update(model, step)
-    found, expected = ema.state_dict(), theirs.state_dict()
+        peer.update(model, step)
+    found, expected = ema.state_dict(), peer.state_dict()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         if tensor.is_floating_point():
@@ -375,19 +375,19 @@ def test_a_wider_dtype_than_the_models(dtype: torch.dtype) -> None:
 
 def test_state_dicts_go_from_timms_to_this_one_and_back() -> None:
     model, walk = Net(), Walk()
-    ours, theirs = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
+    ours, peer = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
     walk(model)
-    theirs.update(model)
-    ours.load_state_dict(theirs.state_dict())
-    assert_equal(ours.state_dict(), theirs.state_dict())
-    walk(model)
-    ours.update(model)
-    theirs.update(model)
-    assert_equal(ours.state_dict(), theirs.state_dict())
+    peer.update(model)
+    ours.load_state_dict(peer.state_dict())
+    assert_equal(ours.state_dict(), peer.state_dict())
     walk(model)
     ours.update(model)
-    theirs.load_state_dict(ours.state_dict())
-    assert_equal(theirs.state_dict(), ours.state_dict())
+    peer.update(model)
+    assert_equal(ours.state_dict(), peer.state_dict())
+    walk(model)
+    ours.update(model)
+    peer.load_state_dict(ours.state_dict())
+    assert_equal(peer.state_dict(), ours.state_dict())
     plain = ModelEMA(model, handle_buffers="update")
     plain.load_weights(ours.state_dict())
     assert_equal(plain.ema_model.state_dict(), ours.module.state_dict())

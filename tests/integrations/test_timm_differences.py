@@ -77,25 +77,25 @@ def test_timms_float16_stands_still_in_silence() -> None:
 
 def test_spectral_norms_unit_vectors_stay_unit_vectors() -> None:
     model = parametrizations.spectral_norm(nn.Linear(4, 4))
-    ema, theirs = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
+    ema, peer = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
     vector = model.parametrizations.weight[0]._u
     vector.copy_(vector.roll(1).neg())
     name = "module.parametrizations.weight.0._u"
-    for one in (ema, theirs):
+    for one in (ema, peer):
         one.update(model)
     assert torch.equal(ema.state_dict()[name], vector)
-    assert theirs.state_dict()[name].norm() < 0.99
+    assert peer.state_dict()[name].norm() < 0.99
 
 
 def test_complex_parameters_are_averaged() -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    ema, theirs = ModelEmaV3(model, decay=0.75), TimmEma(model, decay=0.75)
+    ema, peer = ModelEmaV3(model, decay=0.75), TimmEma(model, decay=0.75)
     model.weight.data.fill_(4 + 8j)
-    for one in (ema, theirs):
+    for one in (ema, peer):
         one.update(model)
     assert ema.module.weight.tolist() == [1 + 2j] * 2
-    assert theirs.module.weight.tolist() == [4 + 8j] * 2
+    assert peer.module.weight.tolist() == [4 + 8j] * 2
 
 
 @pytest.mark.parametrize(("exclude_buffers", "ours", "of_timm"), [(True, 4.0, 4.0), (False, 1, 0)])
@@ -105,11 +105,11 @@ def test_buffers_that_are_not_persistent(
     model = nn.Linear(1, 1)
     model.register_buffer("cache", torch.zeros(1), persistent=False)
     options = {"decay": 0.75, "exclude_buffers": exclude_buffers}
-    ema, theirs = ModelEmaV3(model, **options), TimmEma(model, **options)
+    ema, peer = ModelEmaV3(model, **options), TimmEma(model, **options)
     model.cache.fill_(4.0)
-    for one in (ema, theirs):
+    for one in (ema, peer):
         one.update(model)
-    assert (ema.module.cache.item(), theirs.module.cache.item()) == (ours, of_timm)
+    assert (ema.module.cache.item(), peer.module.cache.item()) == (ours, of_timm)
 
 
 def test_the_ema_model_needs_no_gradients() -> None:
@@ -123,25 +123,25 @@ def test_tensors_are_paired_by_name_and_not_by_their_order() -> None:
     for one, names in ((model, "ab"), (other, "ba")):
         for name in names:
             one.register_parameter(name, nn.Parameter(torch.full((1,), float(ord(name)))))
-    ema, theirs = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
-    for one in (ema, theirs):
+    ema, peer = ModelEmaV3(model, decay=0.5), TimmEma(model, decay=0.5)
+    for one in (ema, peer):
         one.update(other)
     assert ema.module.a.item() == float(ord("a"))
-    assert theirs.module.a.item() == (ord("a") + ord("b")) / 2
+    assert peer.module.a.item() == (ord("a") + ord("b")) / 2
 
 
 def test_tied_weights_are_averaged_once() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
-    ema, theirs = ModelEmaV3(model, decay=0.9), TimmEma(model, decay=0.9)
-    for one in (ema, theirs):
+    ema, peer = ModelEmaV3(model, decay=0.9), TimmEma(model, decay=0.9)
+    for one in (ema, peer):
         one.module[0].weight.data.zero_()
     model[0].weight.data.fill_(1.0)
     ema.update(model)
-    theirs.update(model)
+    peer.update(model)
     assert ema.module[0].weight.data.unique().item() == pytest.approx(0.1)
     assert ema.module[1].weight is ema.module[0].weight
-    assert theirs.module[0].weight.data.unique().item() == pytest.approx(0.19)
+    assert peer.module[0].weight.data.unique().item() == pytest.approx(0.19)
 
 
 def test_nonfinite_values_can_be_skipped() -> None:

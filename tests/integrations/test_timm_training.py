@@ -186,13 +186,13 @@ def test_the_train_script_writes_what_it_writes_with_timms_own_ema(
     how: dict[str, bool], tmp_path: Path
 ) -> None:
     ours = Script(tmp_path / "ours", ModelEmaV3, **how).train(2)
-    theirs = Script(tmp_path / "theirs", TimmEma, **how).train(2)
-    assert ours.metrics == theirs.metrics
+    peer = Script(tmp_path / "peer", TimmEma, **how).train(2)
+    assert ours.metrics == peer.metrics
     assert len({*ours.metrics}) == 2
-    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    names = sorted(path.name for path in (tmp_path / "peer").iterdir())
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
     for name in ("last", "model_best", "checkpoint-0"):
-        found, expected = read(tmp_path / "ours", name), read(tmp_path / "theirs", name)
+        found, expected = read(tmp_path / "ours", name), read(tmp_path / "peer", name)
         assert [*found] == [*expected]
         assert_equal(found["state_dict"], expected["state_dict"])
         assert_equal(found["state_dict_ema"], expected["state_dict_ema"])
@@ -470,8 +470,8 @@ def on_rank(reduce: bool) -> list[dict[str, Tensor]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("reduce", [False, True], ids=["broadcast", "reduce"])
 def test_batch_norm_statistics_of_the_ema_are_distributed(reduce: bool) -> None:
-    (ours, theirs), (ours_on_1, _) = run(2, on_rank, reduce, timeout=120)
-    for found, expected in zip(ours, theirs, strict=True):
+    (ours, peer), (ours_on_1, _) = run(2, on_rank, reduce, timeout=120)
+    for found, expected in zip(ours, peer, strict=True):
         assert_equal(found, expected)
     assert_equal(ours[1], ours_on_1[1])
     assert_equal(ours[3], ours_on_1[3])

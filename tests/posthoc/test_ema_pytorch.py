@@ -35,7 +35,7 @@ class Training:
     ) -> None:
         torch.manual_seed(0)
         self.model, self.folder, self.every = model or nn.Linear(4, 3), folder, every
-        self.theirs = post_hoc_ema.PostHocEMA(
+        self.peer = post_hoc_ema.PostHocEMA(
             self.model,
             sigma_rels=SIGMAS,
             update_every=every,
@@ -49,7 +49,7 @@ class Training:
             with torch.no_grad():
                 for parameter, along in zip(self.model.parameters(), direction, strict=True):
                     parameter.add_(0.02 * along + 0.05 * torch.randn_like(parameter))
-            self.theirs.update()
+            self.peer.update()
             if (step - 1) % every == 0:
                 self.online.append(self.flat(self.model))
 
@@ -74,7 +74,7 @@ class Training:
         spread = float((online - online.mean(0)).norm())
         largest = float(online.norm(dim=1).max())
         by_profile = result.profile_error * float(profile(momenta).norm()) * spread
-        # Beside the files', the rounding of theirs in fp32: half a spacing at every update, of
+        # Beside the files', the peer's rounding in fp32: half a spacing at every update, of
         # which the average keeps as much as it has of a weight in 1 / momentum updates.
         rounding = eps / 2 + len(online) * torch.finfo(torch.float32).eps / 2
         return by_profile + rounding * largest * sum(map(abs, result.coefficients.values()))
@@ -106,8 +106,8 @@ def test_what_is_rebuilt_is_what_was_tracked(tmp_path: Path, case: str) -> None:
         assert float(off.norm()) <= training.bound(target, result, eps)
         training.model.load_state_dict(result.weights)
         # ema-pytorch's own is farther off.
-        theirs = training.theirs.synthesize_ema_model(gamma=target.gamma).ema_model
-        assert float((training.flat(theirs) - training.tracked(target)).norm()) > 2 * off.norm()
+        peer = training.peer.synthesize_ema_model(gamma=target.gamma).ema_model
+        assert float((training.flat(peer) - training.tracked(target)).norm()) > 2 * off.norm()
 
 
 def off(training: Training, snapshots: Snapshots, target: Any) -> tuple[float, float]:
@@ -150,13 +150,13 @@ def test_an_update_index_counts_updates_and_at_is_one(tmp_path: Path) -> None:
 def test_a_checkpoint_before_the_first_update_is_the_initial_weights(tmp_path: Path) -> None:
     training = Training(tmp_path / "other", steps=1, save=9)
     model = nn.Linear(4, 3)
-    theirs = post_hoc_ema.PostHocEMA(
+    peer = post_hoc_ema.PostHocEMA(
         model, sigma_rels=SIGMAS, update_every=1, checkpoint_folder=str(tmp_path)
     )
-    theirs.checkpoint()
+    peer.checkpoint()
     first = copy.deepcopy(model.state_dict())
-    theirs.update()
-    theirs.checkpoint()
+    peer.update()
+    peer.checkpoint()
     snapshots = Snapshots.from_ema_pytorch(tmp_path, PAIR, update_every=1)
     result = snapshots.reconstruct(Constant(0.25))
     torch.testing.assert_close(result.weights, first, rtol=1e-3, atol=1e-3)
@@ -176,10 +176,10 @@ def test_integers_and_names_are_the_online_models(tmp_path: Path) -> None:
 def test_values_beyond_fp16_are_an_error_but_not_steps(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     training = Training(tmp_path, model, steps=24, save=2, dtype=torch.float16)
-    theirs = training.theirs
-    for ema in theirs.ema_models:
+    peer = training.peer
+    for ema in peer.ema_models:
         ema.step.fill_(70_000)
-    theirs.checkpoint()
+    peer.checkpoint()
     state = torch.load(tmp_path / "0.70000.pt", weights_only=True)
     assert state["step"].isinf()
     for path in tmp_path.glob("*.70000.pt"):
@@ -215,10 +215,10 @@ def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training = Training(tmp_path / "a", steps=240, save=12)
     out, folder = str(tmp_path / "out"), str(training.folder)
-    theirs = [folder, "--ema-pytorch", "0.05,0.12", "--update-every", "1"]
-    assert main(["snapshots", *theirs]) == 0
+    files = [folder, "--ema-pytorch", "0.05,0.12", "--update-every", "1"]
+    assert main(["snapshots", *files]) == 0
     assert "40 of 2 averages (0.05, 0.12), from update 12 to 240" in capsys.readouterr().out
-    assert main(["reconstruct", *theirs, "--sigma-rel", "0.08", "--out", out]) == 0
+    assert main(["reconstruct", *files, "--sigma-rel", "0.08", "--out", out]) == 0
     from ema_triton.checkpoint.interop import read_file
 
     expected = training.opened().reconstruct(PowerFunction(sigma_rel=0.08)).weights
