@@ -182,7 +182,14 @@ def test_make_says_what_it_installs_before_it_does(tmp_path: Path) -> None:
     def steps(*files: str) -> str:
         for file in files:
             (tmp_path / file).touch()
-        make = ["make", "--dry-run", "demo", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
+        make = [
+            "make",
+            "--dry-run",
+            "--no-print-directory",
+            "demo",
+            f"VENV={tmp_path}",
+            f"PYTHON={sys.executable}",
+        ]
         done = subprocess.run(make, cwd=DEMO.parents[1], capture_output=True, text=True, check=True)
         return done.stdout
 
