@@ -10,21 +10,19 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import jobs, measure
+from bench.cases import Case
 from bench.jobs import gib
 from bench.machine import available_memory
 from bench.measure import Stopwatch, Subject
 from bench.models import Model, make_module
 from bench.results import Spread
 from ema_triton import Constant, EMABank, ModelEMA
-
-if TYPE_CHECKING:
-    from bench.run import Case
 
 # One per average; none is 1, which copies.
 MOMENTA = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)

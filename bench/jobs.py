@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from bench import measure, peers
+from bench.cases import Case
 from bench.models import ARCHITECTURES, MANY_SMALL, Model
 from bench.peers import Sizes
-
-if TYPE_CHECKING:
-    from bench.run import Case
 
 # Of a GPU's free memory, for the kernels' code and what the allocator rounds up.
 RESERVE = 1 << 30

@@ -11,46 +11,19 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from bench import averages, gate, jobs, measure, peers, report
+from bench.cases import CASES
 from bench.jobs import gib
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line, momenta
 from bench.models import MODELS, Model, make_module
 from bench.results import AGAIN, FOLDER, LIMIT, Results, Row, Spread
-from ema_triton.ops.precision import RESIDUAL_DTYPE
 
-
-class Case(NamedTuple):
-    """What is averaged into what; a precision that only ours have is measured for ours alone."""
-
-    ema_dtype: torch.dtype
-    online_dtype: torch.dtype
-    precision: str = "nearest"
-
-    @property
-    def stored(self) -> int:
-        """Bytes of an element of the EMA."""
-        exact = self.precision == "exact"
-        return self.ema_dtype.itemsize + (RESIDUAL_DTYPE[self.ema_dtype].itemsize if exact else 0)
-
-    @property
-    def moved(self) -> int:
-        """Bytes that an update must move per element: online once in, EMA once in and once out."""
-        return self.online_dtype.itemsize + 2 * self.stored
-
-
-CASES = {
-    "fp32<-fp32": Case(torch.float32, torch.float32),
-    "fp32<-bf16": Case(torch.float32, torch.bfloat16),
-    "bf16<-bf16": Case(torch.bfloat16, torch.bfloat16),
-    "bf16<-bf16 exact": Case(torch.bfloat16, torch.bfloat16, "exact"),
-    "bf16<-bf16 stochastic": Case(torch.bfloat16, torch.bfloat16, "stochastic"),
-}
 SCHEDULES = ("constant", "changing")
 
 # A full run takes ROUNDS samples of each subject, or as many as fit into SECONDS per model, case

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from bench import jobs, measure
 from bench.candidates import candidate
+from bench.cases import CASES as RUN_CASES
+from bench.cases import Case
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject
 from bench.models import Model, make_module
 from bench.results import LIMIT, Lines, Spread
-from bench.run import CASES as RUN_CASES
-from bench.run import Case, add_resume, chosen_device, progress, selected, selected_models
+from bench.run import add_resume, chosen_device, progress, selected, selected_models
 from ema_triton import ModelEMA
 from ema_triton.ops import triton_backend
 from ema_triton.plan import Launch

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bench import averages, run
+from bench.cases import CASES
 from bench.measure import Stopwatch
 from bench.models import MODELS
 from bench.results import Spread
-from bench.run import CASES
 from ema_triton import EMABank
 
 SMALL = MODELS["1000x64"]

@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
 from bench import __main__, jobs, measure, tune
+from bench.cases import Case
 from bench.measure import Stopwatch
 from bench.models import MODELS, Model, make_module
 from bench.results import LIMIT
-from bench.run import Case
 from ema_triton import ModelEMA
 from ema_triton.plan import Launch
 from ema_triton.state import CHUNK
