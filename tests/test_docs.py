@@ -192,6 +192,18 @@ def test_every_page_is_in_the_menu_and_the_readme_links_to_files() -> None:
     assert guides - {"docs/index.md", "docs/benchmarks-cpu.md"} <= {*links}
 
 
+def test_what_is_to_be_installed_is_said_and_can_be() -> None:
+    """The package is in no index: its extras are installed from a clone, by pages and errors."""
+    texts = {path: path.read_text() for path in [ROOT / "README.md", *pages()]}
+    texts |= {path: path.read_text() for path in (ROOT / "ema_triton").rglob("*.py")}
+    assert {path.name for path, text in texts.items() if "ema-triton[" in text} == set()
+    extras = {extra for text in texts.values() for extra in re.findall(r'"\.\[([^]]+)\]"', text)}
+    project = (ROOT / "pyproject.toml").read_text()
+    assert {extra for extra in extras if f"\n{extra} = [" not in project} == set()
+    for name in (*FRAMEWORKS, "merging", "posthoc", "resume", "getting-started"):
+        assert "pip install " in texts[ROOT / f"docs/{name}.md"], name
+
+
 def test_every_drawing_was_made_of_its_text() -> None:
     texts = [text for path in pages() for text in blocks_of(path, "mermaid")]
     named = {f"{sha256(text.encode()).hexdigest()[:12]}.svg" for text in texts}

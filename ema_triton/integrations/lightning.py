@@ -33,7 +33,7 @@ else:
         numbers = [f"{one.__name__} {one.__version__}" for one in found] or "none to import"
         raise ImportError(
             f"EMACallback needs Lightning 2.4 or later, but found {numbers}. Install it with: pip "
-            "install 'ema-triton[lightning]'. Without Lightning, use ema_triton.ModelEMA."
+            "install 'lightning>=2.4'. Without Lightning, use ema_triton.ModelEMA."
         )
     Callback = type("Callback", tuple(one.Callback for one in new), {})
 
@@ -50,10 +50,10 @@ class EMACallback(Callback):
         submodule: The name of the part of the LightningModule to average; by default all of it.
         optimizer: The index of the optimizer whose steps count, in `configure_optimizers`' order.
         at_end: "copy" copies the EMA into the model when a fit has ended, "keep" does not.
-        name: Of this EMA in checkpoints, another one for each callback of a Trainer. Of several
+        name: What checkpoints call this EMA; each callback of a Trainer needs its own. Of several
             with the same parameters the first is evaluated, and saved under `state_dict`.
-        handle_buffers: As of `ModelEMA`.
-        **options: The other keyword arguments of `ModelEMA`, but for `ema_model`.
+        handle_buffers: As for `ModelEMA`.
+        **options: The other keyword arguments of `ModelEMA`, except `ema_model`.
 
     Raises:
         ValueError, TypeError: An argument is not accepted, or unknown.

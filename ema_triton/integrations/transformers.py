@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"attach() takes transformers 4.50 or later, whose Trainer does not import ({error}). Run: "
-        "pip install --upgrade 'ema-triton[transformers]'. Elsewhere, use ema_triton.ModelEMA."
+        "pip install --upgrade 'transformers[torch]>=4.50'. Elsewhere, use ema_triton.ModelEMA."
     ) from error
 
 from ema_triton.arguments import CHOICES, check_choices, check_options
@@ -43,7 +43,7 @@ def attach(
     handle_buffers: str = "copy",
     **options: Unpack[Options],
 ) -> TrainerEMA:
-    """Keep an EMA of the model that a `Trainer` trains, and have it evaluate, save and resume that.
+    """Keep an EMA of the model that a `Trainer` trains, and evaluate, save and resume it there.
 
     It is updated after every real optimizer step. `evaluate` and `predict` see it; `save_model` and
     callbacks, the online model. Each `checkpoint-N` has it in `ema.pt`, and a resumed training goes
@@ -51,8 +51,8 @@ def attach(
 
     Args:
         trainer: The trainer, before its `train()`; on every rank.
-        schedule: From the update index, counting from 1, to the momentum.
-        handle_buffers: As of `ModelEMA`.
+        schedule: The function from the update index, counting from 1, to the momentum.
+        handle_buffers: As for `ModelEMA`.
         **options: The other arguments of `ModelEMA`, e.g. `include` and `as_module`.
 
     Raises:
@@ -91,11 +91,11 @@ def attach(
 
 
 class TrainerEMA(TrainerCallback):
-    """What `attach` returns: the trainer's callback, and wrappers of its methods.
+    """What `attach` returns; its `ema` is the `ModelEMA`. It is made by `attach` alone."""
 
-    No event comes before an evaluation, and none says from where a training resumes, which the
-    inner loop is told. `on_save` comes after a checkpoint is complete, and not at SIGTERM.
-    """
+    # Beside events it wraps methods of the trainer: no event comes before an evaluation, and none
+    # says from where a training resumes, which the inner loop is told. `on_save` comes after a
+    # checkpoint is complete, and not at SIGTERM.
 
     def __init__(self, trainer: Trainer, schedule: Schedule, build: partial[ModelEMA]) -> None:
         self._schedule, self._build = schedule, build

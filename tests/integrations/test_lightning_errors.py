@@ -124,7 +124,7 @@ def test_without_lightning_it_says_what_to_install() -> None:
     )
     assert "EMACallback needs Lightning 2.4 or later" in found
     assert "found none to import" in found
-    assert "pip install 'ema-triton[lightning]'" in found
+    assert "pip install 'lightning>=2.4'" in found
     assert "ModelEMA" in found
 
 

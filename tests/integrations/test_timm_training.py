@@ -75,7 +75,7 @@ class Script:
         folder: For checkpoints.
         ema_class: timm's `ModelEmaV3`, or the one to be tested.
         resume: A checkpoint.
-        by_task: Whether a task builds and updates the EMA, as in the script since 1.0.25.
+        by_task: Whether a task builds and updates the EMA, as in the script since 1.0.27.
         compiled: Whether models are compiled.
         dtype: Of the model.
         name: Of the model, if it is one of timm's.

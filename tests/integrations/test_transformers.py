@@ -411,7 +411,7 @@ except ImportError as error:
 
 def test_without_transformers_the_import_says_what_to_do() -> None:
     found = run(WITHOUT.format(names=("transformers",)) + IMPORT)
-    assert "pip install --upgrade 'ema-triton[transformers]'" in found
+    assert "pip install --upgrade 'transformers[torch]>=4.50'" in found
     assert "ema_triton.ModelEMA" in found
 
 
@@ -425,7 +425,7 @@ sys.modules["transformers"] = old
 """
     found = run(old + IMPORT)
     assert "version 4.9.2 is older than 4.50" in found
-    assert "pip install --upgrade 'ema-triton[transformers]'" in found
+    assert "pip install --upgrade 'transformers[torch]>=4.50'" in found
 
 
 def test_the_adapter_imports_no_other_framework() -> None:
