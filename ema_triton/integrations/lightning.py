@@ -50,8 +50,7 @@ class EMACallback(Callback):
         submodule: The name of the part of the LightningModule to average; by default all of it.
         optimizer: The index of the optimizer whose steps count, in `configure_optimizers`' order.
         at_end: "copy" copies the EMA into the model when a fit has ended, "keep" does not.
-        name: Of this EMA in checkpoints, another one for each callback of a Trainer. Of several
-            with the same parameters the first is evaluated, and saved under `state_dict`.
+        name: Of this EMA in checkpoints, another one for each callback of a Trainer.
         handle_buffers: As of `ModelEMA`.
         **options: The other keyword arguments of `ModelEMA`, but for `ema_model`.
 
@@ -83,7 +82,8 @@ class EMACallback(Callback):
         self.ema: ModelEMA | None = None
         self.name, self.submodule, self.at_end = name, submodule, at_end
         self._schedule, self._optimizer = schedule, optimizer
-        self._load: dict[str, Any] = {}  # arguments of load_state_dict, until there is an EMA
+        self._load: list[dict[str, Any]] = []  # arguments of load_state_dict, for a new EMA
+        self._loaded: bool | None = None  # whether this run evaluates a checkpoint
         self._following, self._swap = ExitStack(), ExitStack()
 
     @property
@@ -111,9 +111,8 @@ class EMACallback(Callback):
         if self.ema is None or self.ema.model is not module:
             self.ema = self._build(module)
             self.ema.schedule = self._schedule
-        if self._load:
-            self.ema.load_state_dict(**self._load)
-            self._load = {}
+        while self._load:
+            self.ema.load_state_dict(**self._load.pop())
         return self.ema
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,25 +122,25 @@ class EMACallback(Callback):
 
     def _shown(self, trainer: Trainer, pl_module: LightningModule) -> ModelEMA | None:
         """The EMA, if it is of this model and no callback before has any of its parameters."""
-        if self.ema is None or self.ema.model is not submodule_of(pl_module, self.submodule):
-            return None
+        if self._loaded is None:  # later, ckpt_path may be what the Tuner saved
+            self._loaded = trainer.state.fn != "fit" and bool(trainer.ckpt_path)
         before = takewhile(lambda one: one is not self, _averages(trainer))
-        others = (submodule_of(pl_module, one.submodule).parameters() for one in before)
-        return self.ema if {*self.ema.model.parameters()}.isdisjoint(chain(*others)) else None
+        others = chain(*(one.ema.model.parameters() for one in before if one.ema))
+        with suppress(ValueError):  # another model may have no such part
+            if self.ema and self.ema.model is submodule_of(pl_module, self.submodule):
+                return self.ema if {*self.ema.model.parameters()}.isdisjoint(others) else None
+        return None
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ema = self._shown(trainer, pl_module)
-        loaded = trainer.state.fn != "fit" and trainer.ckpt_path  # is to be evaluated itself
-        if ema is not None and not loaded:
+        if (ema := self._shown(trainer, pl_module)) and not self._loaded:
             self._swap.enter_context(ema.swapped())
-            # on_save_checkpoint sets right what it would warn of.
-            ema._swap._warning.remove()  # type: ignore[union-attr]
+            ema._swap._warning.remove()  # type: ignore[union-attr]  # see on_save_checkpoint
 
     def _swap_out(self, *_: object, **__: object) -> None:
         self._swap.close()
 
     def _end(self, *_: object, **__: object) -> None:
-        self._load = {}
+        self._load, self._loaded = [], None
         self._swap.close()
         self._following.close()
 
@@ -184,17 +183,18 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Load the online weights, and keep the EMA's state until it is built."""
-        if trainer.state.fn != "fit":
-            return
-        self.ema = None
-        if state := checkpoint["callbacks"].get(self.state_key):
-            self._load = {"state": state}
-        elif state := of_weight_averaging(checkpoint, self.submodule):
-            self._load = {"state": state, "strict": False}
+        state = checkpoint["callbacks"].get(self.state_key)
+        if self._loaded is not None:  # within a run, the Tuner restores what it saved before
+            if self.ema and state:
+                self.ema.load_state_dict(state)
+        elif trainer.state.fn != "fit":
+            return  # it is to be evaluated
+        else:
+            found = state or of_weight_averaging(checkpoint, self.submodule)
+            self.ema, self._load = None, [{"state": found, "strict": bool(state)}] if found else []
         if online := checkpoint.get("current_model_state"):
             collectives.load_model(pl_module, online, strict=pl_module.strict_loading)
 
 
-def _averages(trainer: Trainer) -> list[EMACallback]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in callbacks if isinstance(one, EMACallback)]
+def _averages(of: Trainer) -> list[EMACallback]:
+    return [c for c in of.callbacks if isinstance(c, EMACallback)]  # type: ignore[attr-defined]
