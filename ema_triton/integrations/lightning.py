@@ -31,10 +31,8 @@ else:
     new = [one for one in found if tuple(map(int, one.__version__.split(".")[:2])) >= (2, 4)]
     if not new:
         numbers = [f"{one.__name__} {one.__version__}" for one in found] or "none to import"
-        raise ImportError(
-            f"EMACallback needs Lightning 2.4 or later, but found {numbers}. Install it with: pip "
-            "install 'ema-triton[lightning]'. Without Lightning, use ema_triton.ModelEMA."
-        )
+        what = f"EMACallback needs Lightning 2.4 or later, but found {numbers}. Install it with:"
+        raise ImportError(f"{what} pip install 'ema-triton[lightning]'. Or use ModelEMA.")
     Callback = type("Callback", tuple(one.Callback for one in new), {})
 
 
@@ -139,10 +137,11 @@ class EMACallback(Callback):
     def _swap_out(self, *_: object, **__: object) -> None:
         self._swap.close()
 
-    def _end(self, *_: object, **__: object) -> None:
+    def _end(self, trainer: Trainer, *_: object, **__: object) -> None:
         self._load, self._loaded = [], None
         self._swap.close()
-        self._following.close()
+        if trainer.state.fn == "fit":  # and no evaluation in the midst of one
+            self._following.close()
 
     on_validation_start = on_test_start = on_predict_start = _swap_in
     on_validation_end = on_test_end = on_predict_end = _swap_out
@@ -167,15 +166,16 @@ class EMACallback(Callback):
             return
         in_shards = any(map(dtensor.is_sharded, shown.values()))
         if "current_model_state" not in checkpoint:
-            swapped = [one for one in _averages(trainer) if one.ema and one.ema._swap]
+            swapped = [one.ema for one in _averages(trainer) if one.ema and one.ema._swap]
             for one in swapped:
-                one._swap_out()
+                one.swap_out()
             online = trainer.strategy.lightning_module_state_dict() if swapped else shown
             if in_shards:  # beside state_dict, Lightning saves what rank 0 has
                 online = collectives.gather_model(pl_module)
             checkpoint["current_model_state"] = copy.deepcopy(online) if swapped else online
             for one in swapped:
-                one._swap_in(trainer, pl_module)
+                one.swap_in()
+                one._swap._warning.remove()  # type: ignore[union-attr]
         state = ema.state_dict() if in_shards else checkpoint["callbacks"].get(self.state_key, {})
         checkpoint["state_dict"] = with_weights(shown, state.get("weights", {}), self.submodule)
 

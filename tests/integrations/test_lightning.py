@@ -130,6 +130,18 @@ def test_a_callback_before_it_that_has_no_ema_hides_nothing() -> None:
     assert same(model.seen["test"][0], ema_weights(ema))
 
 
+def test_an_evaluation_by_another_trainer_does_not_end_the_updates() -> None:
+    class Evaluates(pl.Callback):
+        def on_train_epoch_end(self, made: Any, model: Any) -> None:
+            trainer(ema).validate(model, batches(1), verbose=False)
+            model.trainer = made
+
+    model, ema, oracle = Net(), callback(), Oracle()
+    fit(model, Evaluates(), ema, oracle)
+    assert ema.ema.update_index == oracle.updates == 2 * BATCHES
+    oracle.check(ema_weights(ema))
+
+
 @pytest.fixture
 def sigint_as_before() -> Iterator[None]:
     """Lightning ignores SIGINT once it has handled a KeyboardInterrupt."""

@@ -271,6 +271,19 @@ def test_a_checkpoint_written_while_the_weights_are_swapped(
     assert all(map(same_state, emas, whole))
 
 
+@pytest.mark.filterwarnings("ignore:The online model's state_dict.. was called while:UserWarning")
+def test_a_checkpoint_written_inside_swapped(tmp_path: Path) -> None:
+    model, ema = Net(), callback()
+    made = fit(model, ema)
+    online, shown = weights(model), ema_weights(ema)
+    with ema.ema.swapped():
+        saved = save(made, tmp_path / "a.ckpt")
+        assert same(weights(model), shown)
+    assert same(saved["state_dict"], shown)
+    assert same(saved["current_model_state"], online)
+    assert same(weights(model), online)
+
+
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_crash_and_the_trainers_own_checkpoint(epoch: int, tmp_path: Path) -> None:
     class Crashes(Net):
