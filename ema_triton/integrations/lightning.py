@@ -31,10 +31,8 @@ else:
     new = [one for one in found if tuple(map(int, one.__version__.split(".")[:2])) >= (2, 4)]
     if not new:
         numbers = [f"{one.__name__} {one.__version__}" for one in found] or "none to import"
-        raise ImportError(
-            f"EMACallback needs Lightning 2.4 or later, but found {numbers}. Install it with: pip "
-            "install 'lightning>=2.4'. Without Lightning, use ema_triton.ModelEMA."
-        )
+        what = f"EMACallback needs Lightning 2.4 or later, but found {numbers}. Install it with:"
+        raise ImportError(f"{what} pip install 'lightning>=2.4'. Or use ModelEMA.")
     Callback = type("Callback", tuple(one.Callback for one in new), {})
 
 
@@ -50,8 +48,7 @@ class EMACallback(Callback):
         submodule: The name of the part of the LightningModule to average; by default all of it.
         optimizer: The index of the optimizer whose steps count, in `configure_optimizers`' order.
         at_end: "copy" copies the EMA into the model when a fit has ended, "keep" does not.
-        name: What checkpoints call this EMA; each callback of a Trainer needs its own. Of several
-            with the same parameters the first is evaluated, and saved under `state_dict`.
+        name: What checkpoints call this EMA; each callback of a Trainer needs its own.
         handle_buffers: As for `ModelEMA`.
         **options: The other keyword arguments of `ModelEMA`, except `ema_model`.
 
@@ -83,7 +80,8 @@ class EMACallback(Callback):
         self.ema: ModelEMA | None = None
         self.name, self.submodule, self.at_end = name, submodule, at_end
         self._schedule, self._optimizer = schedule, optimizer
-        self._load: dict[str, Any] = {}  # arguments of load_state_dict, until there is an EMA
+        self._load: list[dict[str, Any]] = []  # arguments of load_state_dict, for a new EMA
+        self._loaded: bool | None = None  # whether this run evaluates a checkpoint
         self._following, self._swap = ExitStack(), ExitStack()
 
     @property
@@ -111,9 +109,8 @@ class EMACallback(Callback):
         if self.ema is None or self.ema.model is not module:
             self.ema = self._build(module)
             self.ema.schedule = self._schedule
-        if self._load:
-            self.ema.load_state_dict(**self._load)
-            self._load = {}
+        while self._load:
+            self.ema.load_state_dict(**self._load.pop())
         return self.ema
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,27 +120,28 @@ class EMACallback(Callback):
 
     def _shown(self, trainer: Trainer, pl_module: LightningModule) -> ModelEMA | None:
         """The EMA, if it is of this model and no callback before has any of its parameters."""
-        if self.ema is None or self.ema.model is not submodule_of(pl_module, self.submodule):
-            return None
+        if self._loaded is None:  # later, ckpt_path may be what the Tuner saved
+            self._loaded = trainer.state.fn != "fit" and bool(trainer.ckpt_path)
         before = takewhile(lambda one: one is not self, _averages(trainer))
-        others = (submodule_of(pl_module, one.submodule).parameters() for one in before)
-        return self.ema if {*self.ema.model.parameters()}.isdisjoint(chain(*others)) else None
+        others = chain(*(one.ema.model.parameters() for one in before if one.ema))
+        with suppress(ValueError):  # another model may have no such part
+            if self.ema and self.ema.model is submodule_of(pl_module, self.submodule):
+                return self.ema if {*self.ema.model.parameters()}.isdisjoint(others) else None
+        return None
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ema = self._shown(trainer, pl_module)
-        loaded = trainer.state.fn != "fit" and trainer.ckpt_path  # is to be evaluated itself
-        if ema is not None and not loaded:
+        if (ema := self._shown(trainer, pl_module)) and not self._loaded:
             self._swap.enter_context(ema.swapped())
-            # on_save_checkpoint sets right what it would warn of.
-            ema._swap._warning.remove()  # type: ignore[union-attr]
+            ema._swap._warning.remove()  # type: ignore[union-attr]  # see on_save_checkpoint
 
     def _swap_out(self, *_: object, **__: object) -> None:
         self._swap.close()
 
-    def _end(self, *_: object, **__: object) -> None:
-        self._load = {}
+    def _end(self, trainer: Trainer, *_: object, **__: object) -> None:
+        self._load, self._loaded = [], None
         self._swap.close()
-        self._following.close()
+        if trainer.state.fn == "fit":  # and no evaluation in the midst of one
+            self._following.close()
 
     on_validation_start = on_test_start = on_predict_start = _swap_in
     on_validation_end = on_test_end = on_predict_end = _swap_out
@@ -168,15 +166,16 @@ class EMACallback(Callback):
             return
         in_shards = any(map(dtensor.is_sharded, shown.values()))
         if "current_model_state" not in checkpoint:
-            swapped = [one for one in _averages(trainer) if one.ema and one.ema._swap]
+            swapped = [one.ema for one in _averages(trainer) if one.ema and one.ema._swap]
             for one in swapped:
-                one._swap_out()
+                one.swap_out()
             online = trainer.strategy.lightning_module_state_dict() if swapped else shown
             if in_shards:  # beside state_dict, Lightning saves what rank 0 has
                 online = collectives.gather_model(pl_module)
             checkpoint["current_model_state"] = copy.deepcopy(online) if swapped else online
             for one in swapped:
-                one._swap_in(trainer, pl_module)
+                one.swap_in()
+                one._swap._warning.remove()  # type: ignore[union-attr]
         state = ema.state_dict() if in_shards else checkpoint["callbacks"].get(self.state_key, {})
         checkpoint["state_dict"] = with_weights(shown, state.get("weights", {}), self.submodule)
 
@@ -184,17 +183,18 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Load the online weights, and keep the EMA's state until it is built."""
-        if trainer.state.fn != "fit":
-            return
-        self.ema = None
-        if state := checkpoint["callbacks"].get(self.state_key):
-            self._load = {"state": state}
-        elif state := of_weight_averaging(checkpoint, self.submodule):
-            self._load = {"state": state, "strict": False}
+        state = checkpoint["callbacks"].get(self.state_key)
+        if self._loaded is not None:  # within a run, the Tuner restores what it saved before
+            if self.ema and state:
+                self.ema.load_state_dict(state)
+        elif trainer.state.fn != "fit":
+            return  # it is to be evaluated
+        else:
+            found = state or of_weight_averaging(checkpoint, self.submodule)
+            self.ema, self._load = None, [{"state": found, "strict": bool(state)}] if found else []
         if online := checkpoint.get("current_model_state"):
             collectives.load_model(pl_module, online, strict=pl_module.strict_loading)
 
 
-def _averages(trainer: Trainer) -> list[EMACallback]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in callbacks if isinstance(one, EMACallback)]
+def _averages(of: Trainer) -> list[EMACallback]:
+    return [c for c in of.callbacks if isinstance(c, EMACallback)]  # type: ignore[attr-defined]

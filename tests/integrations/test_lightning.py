@@ -112,6 +112,36 @@ def test_another_model_is_evaluated_with_its_own_weights() -> None:
     assert same(other.seen["test"][0], weights(other))
 
 
+def test_another_model_without_that_part_is_evaluated_with_its_own_weights() -> None:
+    class Other(pl.LightningModule):
+        test_step = validation_step = lambda self, *_: None
+
+    ema = callback(submodule="net")
+    fit(Net(), ema)
+    made = trainer(ema)
+    made.test(Other(), batches(1), verbose=False)
+    made.validate(Other(), batches(1), verbose=False)
+
+
+def test_a_callback_before_it_that_has_no_ema_hides_nothing() -> None:
+    model, ema = Net(), callback()
+    fit(model, ema)
+    trainer(callback(name="new"), ema).test(model, batches(1), verbose=False)
+    assert same(model.seen["test"][0], ema_weights(ema))
+
+
+def test_an_evaluation_by_another_trainer_does_not_end_the_updates() -> None:
+    class Evaluates(pl.Callback):
+        def on_train_epoch_end(self, made: Any, model: Any) -> None:
+            trainer(ema).validate(model, batches(1), verbose=False)
+            model.trainer = made
+
+    model, ema, oracle = Net(), callback(), Oracle()
+    fit(model, Evaluates(), ema, oracle)
+    assert ema.ema.update_index == oracle.updates == 2 * BATCHES
+    oracle.check(ema_weights(ema))
+
+
 @pytest.fixture
 def sigint_as_before() -> Iterator[None]:
     """Lightning ignores SIGINT once it has handled a KeyboardInterrupt."""

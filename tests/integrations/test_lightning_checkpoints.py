@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 pl = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.callbacks import (  # noqa: E402
+    BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
 )
+from lightning.pytorch.tuner import Tuner  # noqa: E402
 
 from ema_triton import Constant, Delayed, EqualAverage  # noqa: E402
 from tests.integrations.lightning_runs import (  # noqa: E402
@@ -268,6 +271,19 @@ def test_a_checkpoint_written_while_the_weights_are_swapped(
     assert all(map(same_state, emas, whole))
 
 
+@pytest.mark.filterwarnings("ignore:The online model's state_dict.. was called while:UserWarning")
+def test_a_checkpoint_written_inside_swapped(tmp_path: Path) -> None:
+    model, ema = Net(), callback()
+    made = fit(model, ema)
+    online, shown = weights(model), ema_weights(ema)
+    with ema.ema.swapped():
+        saved = save(made, tmp_path / "a.ckpt")
+        assert same(weights(model), shown)
+    assert same(saved["state_dict"], shown)
+    assert same(saved["current_model_state"], online)
+    assert same(weights(model), online)
+
+
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_crash_and_the_trainers_own_checkpoint(epoch: int, tmp_path: Path) -> None:
     class Crashes(Net):
@@ -430,19 +446,81 @@ def test_the_checkpoint_of_another_model_has_its_own_weights(tmp_path: Path) -> 
     assert "current_model_state" not in saved
 
 
+class Tuned(Net):
+    lr = 0.05
+    batch_size = 1
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.arange(BATCHES).float(), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(torch.arange(8.0), batch_size=self.batch_size)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_learning_rate_finder(first: bool, tmp_path: Path) -> None:
-    class Tuned(Net):
-        lr = 0.05
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=self.lr)
-
     ema, oracle, finder = callback(), Oracle(), LearningRateFinder(num_training_steps=4)
     ordered = (finder, ema) if first else (ema, finder)
     fit(Tuned(), *ordered, oracle, default_root_dir=tmp_path)
     assert ema.ema.update_index == oracle.updates == 2 * BATCHES
     oracle.check(ema_weights(ema))
+
+
+def test_a_learning_rate_finder_in_the_midst_of_a_training(tmp_path: Path) -> None:
+    class AtEpoch1(LearningRateFinder):
+        def on_fit_start(self, *_: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, made: Any, model: Any) -> None:
+            if made.current_epoch == 1:
+                self.lr_find(made, model)
+
+    model, ema, other = Tuned(), callback(), callback(CONSTANT, name="other")
+    oracle, of_other = Oracle(), Oracle(CONSTANT)
+    finder = AtEpoch1(num_training_steps=4)
+    fit(model, finder, ema, other, oracle, of_other, max_epochs=3, default_root_dir=tmp_path)
+    assert ema.ema.update_index == oracle.updates == 3 * BATCHES
+    oracle.check(ema_weights(ema))
+    of_other.check(ema_weights(other))
+    assert same(model.seen["validate"][-1], ema_weights(ema))
+
+
+@pytest.mark.parametrize("method", ["lr_find", "fit", "validate"])
+def test_the_tuner_between_two_fits(method: str, tmp_path: Path) -> None:
+    model, ema, oracle = Tuned(), callback(), Oracle()
+    fit(model, ema, oracle)
+    online, shown = weights(model), ema_weights(ema)
+    made = trainer(ema, oracle, default_root_dir=tmp_path)
+    if method == "lr_find":
+        Tuner(made).lr_find(model, num_training=4)
+    else:
+        Tuner(made).scale_batch_size(model, method=method, max_trials=2)
+    assert same(weights(model), online)
+    assert same(ema_weights(ema), shown)
+    model.seen.clear()
+    trainer(ema).test(model, batches(1), verbose=False)
+    assert same(model.seen["test"][0], shown)
+    model.train()
+    made.fit(model)
+    assert ema.ema.update_index == oracle.updates > 2 * BATCHES
+    oracle.check(ema_weights(ema))
+
+
+@pytest.mark.parametrize("of_checkpoint", [True, False])
+def test_a_validation_with_a_batch_size_finder(of_checkpoint: bool, tmp_path: Path) -> None:
+    model, ema = Tuned(), callback()
+    fit(model, ema, Save(tmp_path))
+    online, shown = weights(model), ema_weights(ema)
+    early, path = load(tmp_path / "3.ckpt")["state_dict"], tmp_path / "3.ckpt"
+    finder = BatchSizeFinder(max_trials=1, steps_per_trial=1)
+    made = trainer(ema, finder, default_root_dir=tmp_path)
+    made.validate(model, ckpt_path=path if of_checkpoint else None, verbose=False)
+    assert same(model.seen["validate"][-1], early if of_checkpoint else shown)
+    assert same(weights(model), early if of_checkpoint else online)
+    assert same(ema_weights(ema), shown)
 
 
 def test_a_checkpoint_saved_after_the_training_resumes(tmp_path: Path) -> None:
