@@ -18,7 +18,11 @@ NEEDS = {
     "safetensors": {"checkpoint/test_files.py"},
     "tqdm": {"test_bench.py"},
 }
-ABSENT = (*NEEDS, "diffusers", "ema_pytorch", "matplotlib", "sklearn", "tensorboardX", "xdist")
+ABSENT = (
+    *NEEDS,
+    *("accelerate", "diffusers", "ema_pytorch", "lightning", "matplotlib", "peft", "sklearn"),
+    *("tensorboardX", "transformers", "xdist"),
+)
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests themselves run here")

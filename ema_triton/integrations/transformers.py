@@ -79,8 +79,8 @@ def attach(
         )
     if any(isinstance(callback, TrainerEMA) for callback in trainer.callback_handler.callbacks):
         raise RuntimeError(
-            "This trainer has an EMA already: a second one could not be swapped in beside it, nor "
-            f"saved beside its {FILE}. Use what the first attach() returned, or a new Trainer."
+            "This trainer has an EMA already: a second one could be neither swapped in nor saved "
+            "beside it. Use what the first attach() returned, or trainer.remove_callback() it."
         )
     check_options(attach, options, ModelEMA)  # type: ignore[arg-type]  # it is a function
     check_schedule(schedule)
@@ -93,9 +93,8 @@ def attach(
 class TrainerEMA(TrainerCallback):
     """What `attach` returns; its `ema` is the `ModelEMA`. It is made by `attach` alone."""
 
-    # Beside events it wraps methods of the trainer: no event comes before an evaluation, and none
-    # says from where a training resumes, which the inner loop is told. `on_save` comes after a
-    # checkpoint is complete, and not at SIGTERM.
+    # No event comes before an evaluation, or says from where a training resumes, which the inner
+    # loop is told. `on_save` comes after a checkpoint is complete, and not at SIGTERM.
 
     def __init__(self, trainer: Trainer, schedule: Schedule, build: partial[ModelEMA]) -> None:
         self._schedule, self._build = schedule, build
@@ -103,10 +102,9 @@ class TrainerEMA(TrainerCallback):
         self._ema: ModelEMA | None = None
         self._at_end = ExitStack()
         self._resume_from: str | None = None
-        self._evaluating = False
-        # Of the two loops, transformers 4 has both.
-        loops = [name for name in ("evaluation_loop", "prediction_loop") if hasattr(trainer, name)]
-        wrappers: dict[str, Any] = {name: partial(self._evaluate, name) for name in loops}
+        self._saved_in: Path | None = None
+        loops = ("evaluation_loop", "prediction_loop")  # transformers 4 has both
+        wrappers: Any = {n: partial(self._evaluate, n) for n in loops if hasattr(trainer, n)}
         wrappers |= {"_inner_training_loop": self._train, "save_model": self._save_model}
         self._replaced = {name: vars(trainer)[name] for name in wrappers if name in vars(trainer)}
         vars(trainer).update(wrappers)
@@ -139,48 +137,53 @@ class TrainerEMA(TrainerCallback):
         if self._trainer.args.load_best_model_at_end and best is not None:
             self._load(best, "The EMA stays that of the last step.")
 
+    def on_save(self, *_: object, **__: object) -> None:
+        """Save the EMA where a subclass writes its checkpoints without `save_model`."""
+        run = self._trainer._get_output_dir(self._trainer._trial)
+        folder = Path(run, f"checkpoint-{self._trainer.state.global_step}")
+        if folder != self._saved_in:
+            self._save(folder, create=False)
+
     def _own(self, name: str) -> Any:  # noqa: ANN401
         """The trainer's own method. It is not kept: unpickled, it would be the wrapper."""
         return self._replaced.get(name, partial(getattr(type(self._trainer), name), self._trainer))
 
     def _is_of_the_model(self) -> bool:
-        return self._ema is not None and self._ema.model is unwrap(self._trainer.model)
+        ema, callbacks = self._ema, self._trainer.callback_handler.callbacks
+        return self in callbacks and ema is not None and ema.model is unwrap(self._trainer.model)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        self._resume_from = kwargs.get("resume_from_checkpoint")
+        self._resume_from, self._saved_in = kwargs.get("resume_from_checkpoint"), None
         with self._at_end:
             return self._own("_inner_training_loop")(*args, **kwargs)
 
     def _evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if self._evaluating or not self._is_of_the_model():
+        if not self._is_of_the_model() or self.ema._swap is not None:
             return self._own(name)(*args, **kwargs)
-        # Of a schedule-free optimizer it writes weights, once. The loop's own call would be too
-        # late: it would write into the EMA's.
-        if hasattr(self._trainer.optimizer, "eval"):
-            self._trainer.optimizer.eval()
-        self._evaluating = True
-        try:
-            with self.ema.swapped():
-                return self._own(name)(*args, **kwargs)
-        finally:
-            self._evaluating = False
+        # A schedule-free optimizer writes weights; called by the loop, it would write the EMA's.
+        getattr(self._trainer.optimizer, "eval", lambda: None)()
+        with self.ema.swapped():
+            return self._own(name)(*args, **kwargs)
 
     def _save_model(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         folder = args[0] if args else kwargs.get("output_dir")
         # An internal call without a folder is push_to_hub's.
-        if self._ema is None or folder is None or not kwargs.get("_internal_call"):
+        if folder is None or not kwargs.get("_internal_call") or not self._is_of_the_model():
             return self._own("save_model")(*args, **kwargs)
-        path, writes = Path(folder, FILE), self._trainer.args.should_save
-        if writes:  # what an earlier run left is not the EMA of the new weights
-            path.unlink(missing_ok=True)
+        if self._trainer.args.should_save:
+            Path(folder, FILE).unlink(missing_ok=True)  # an earlier run's, of other weights
         result = self._own("save_model")(*args, **kwargs)
         # Then come the trainer's state, without which nothing resumes, and the ranks' barrier.
-        state = self.ema.state_dict(full_state_dict=are_sharded(slots_of(self.ema.model)))
-        if writes and state:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as new:
-                torch.save(state, new)
+        self._save(Path(folder), create=True)
         return result
+
+    def _save(self, folder: Path, *, create: bool) -> None:
+        self._saved_in = folder
+        state = self.ema.state_dict(full_state_dict=are_sharded(slots_of(self.ema.model)))
+        if self._trainer.args.should_save and state and (create or folder.is_dir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / FILE) as new:
+                torch.save(state, new)
 
     def _load(self, folder: str, otherwise: str) -> bool:
         """Load a checkpoint's EMA; if it has none, warn of what happens instead."""

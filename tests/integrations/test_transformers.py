@@ -4,6 +4,7 @@ import ast
 import copy
 import doctest
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 from accelerate.state import GradientState
@@ -31,6 +33,7 @@ from tests.integrations.with_transformers import (
     equal,
     examples,
     make,
+    same_state,
     tensors,
 )
 from tests.test_imports import WITHOUT
@@ -361,6 +364,45 @@ def test_a_trained_trainer_can_be_copied(tmp_path) -> None:
     assert twin.evaluate()["eval_loss"] == pytest.approx(loss_of(its.ema.ema_model), rel=1e-6)
     its.ema.ema_model.classifier.weight.data.zero_()
     assert attached.ema.ema_model.classifier.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("remove", ["remove_callback", "pop_callback"])
+def test_removed_from_the_callbacks_it_does_nothing_and_another_can_be_attached(
+    tmp_path, remove
+) -> None:
+    trainer = make(tmp_path, save_steps=STEPS)
+    first = attach(trainer, SCHEDULE)
+    trainer.train()
+    getattr(trainer, remove)(first)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_of(trainer.model), rel=1e-6)
+    trainer.train()
+    assert first.ema.update_index == STEPS
+    assert not (tmp_path / "checkpoint-6/ema.pt").exists()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_of(trainer.model), rel=1e-6)
+
+    second = attach(trainer, HalfLife(3))
+    truth = Truth(HalfLife(3))
+    trainer.add_callback(truth)
+    trainer.train()
+    truth.check(dict(second.ema.ema_model.named_parameters()))
+    expected = loss_of(second.ema.ema_model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    saved = torch.load(tmp_path / "checkpoint-6/ema.pt", weights_only=True)
+    assert same_state(saved, second.ema.state_dict())
+    assert first.ema.update_index == STEPS
+
+
+@pytest.mark.integration
+def test_an_evaluation_inside_a_swap_of_ones_own_sees_the_ema(tmp_path) -> None:
+    trainer = make(tmp_path, save_strategy="no")
+    attached = attach(trainer, SCHEDULE)
+    trainer.train()
+    online = tensors(trainer.model)
+    with attached.ema.swapped():
+        loss = trainer.evaluate()["eval_loss"]
+    assert loss == pytest.approx(loss_of(attached.ema.ema_model), rel=1e-6)
+    assert equal(tensors(trainer.model), online)
 
 
 def test_attached_twice_is_an_error(tmp_path) -> None:

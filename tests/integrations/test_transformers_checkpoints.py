@@ -307,6 +307,40 @@ def test_a_checkpoint_that_no_callback_hears_of_has_the_ema_too(tmp_path) -> Non
     assert ema_of(tmp_path / "checkpoint-3").update_index == 3
 
 
+class SavesItself(Trainer):
+    """Writes its checkpoints without `save_model`, as many training scripts do; or skips some."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.state.global_step == 4:
+            return
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        model.save_pretrained(folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+
+def test_a_trainer_that_saves_in_its_own_way_has_the_ema_in_its_checkpoints(tmp_path) -> None:
+    trained(tmp_path, learning_rate=0.01)  # whose EMAs do not stay beside the newer weights
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    _, expected = trained(tmp_path, kind=SavesItself)
+    assert same_state(ema_of(tmp_path / "checkpoint-6").state_dict(), expected.state_dict())
+    assert not (tmp_path / "checkpoint-4").exists()  # a Trainer would resume from it
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    _, ema = trained(tmp_path, True, kind=SavesItself)
+    assert same_state(ema.state_dict(), expected.state_dict())
+
+
+@pytest.mark.integration
+def test_its_second_training_into_the_same_folders_saves_again(tmp_path) -> None:
+    trainer = make(tmp_path, kind=SavesItself, save_steps=6)
+    attached = attach(trainer, SCHEDULE)
+    for count in (1, 2):
+        trainer.train()
+        assert ema_of(tmp_path / "checkpoint-6").update_index == count * STEPS
+        assert attached.ema.update_index == count * STEPS
+
+
 @pytest.mark.integration
 def test_with_save_only_model_the_ema_is_saved(tmp_path) -> None:
     trained(tmp_path, save_only_model=True)
