@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bench import jobs, measure
+from bench.cases import Case
 from bench.jobs import gib
 from bench.machine import available_memory, commit, describe
 from bench.measure import Stopwatch, Subject, in_one_line
@@ -23,7 +24,6 @@ from bench.run import (
     QUICK_SECONDS,
     ROUNDS,
     SECONDS,
-    Case,
     add_common_arguments,
     chosen_device,
     selected_models,
