@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ema_triton import ModelEMA
 from tests.plain import move
 from tests.test_copying import INPUTS, Net, evaluates_as_the_swapped_model, handler_of
+from tests.unets import make_unet
 
 ERROR = r"(?s)cannot be copied.*{}.*as_module=False.*swapped\(\).*ema_model"
 WARNING = r"(?s){}.*online model.*as_module=False.*swapped\(\).*ema_model"
@@ -548,22 +549,8 @@ def test_models_of_transformers_are_not_warned_of() -> None:
             assert torch.equal(found, model(tokens).logits)
 
 
-def diffusion_model() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-
-
 def test_models_of_diffusers_are_not_warned_of() -> None:
-    model = diffusion_model()
+    model = make_unet(attention=True)
     model.enable_gradient_checkpointing()
     noise = torch.randn(1, 1, 8, 8)
     model(noise, 3).sample.sum().backward()
@@ -581,7 +568,7 @@ def test_models_of_diffusers_are_not_warned_of() -> None:
 
 
 def test_hooks_of_diffusers_that_replace_a_forward_are_refused() -> None:
-    model = diffusion_model()
+    model = make_unet(attention=True)
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     with pytest.raises(RuntimeError, match=ERROR.format(r"forward'")):
         ModelEMA(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,6 +18,11 @@ from tests.oracle import Shadow
 
 BATCHES = 5  # per epoch: neither 2 nor 3 divides it
 WARMUP = LinearWarmup(0.9, 0.1, 6)
+MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+]
 EPS = torch.finfo(torch.float32).eps
 
 

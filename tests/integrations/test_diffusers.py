@@ -19,6 +19,7 @@ from ema_triton import CountWarmup, Delayed, EMAHandler, InverseDecay, ModelEMA
 from ema_triton.schedules import Schedule
 from tests.integrations.scripts import ROOT, run_blocks
 from tests.oracle import Shadow
+from tests.unets import make_unet
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -29,22 +30,6 @@ pytestmark = [
 ]
 
 DEFAULT = Delayed(CountWarmup(0.9), 1)
-
-
-def make_unet(**options: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        **options,
-    )
 
 
 class Training:

@@ -21,6 +21,7 @@ from ema_triton import Constant, Delayed  # noqa: E402
 from tests.integrations.lightning_runs import (  # noqa: E402
     BATCHES,
     CONSTANT,
+    MARKS,
     WARMUP,
     Net,
     Oracle,
@@ -35,11 +36,7 @@ from tests.integrations.lightning_runs import (  # noqa: E402
     weights,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])

@@ -23,6 +23,7 @@ from ema_triton import Constant, Delayed, EqualAverage  # noqa: E402
 from tests.integrations.lightning_runs import (  # noqa: E402
     BATCHES,
     CONSTANT,
+    MARKS,
     Net,
     Oracle,
     Save,
@@ -39,9 +40,7 @@ from tests.integrations.lightning_runs import (  # noqa: E402
 from tests.oracle import Shadow  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    *MARKS,
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:You're resuming from a checkpoint that ended before:UserWarning"

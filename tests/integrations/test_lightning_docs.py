@@ -13,13 +13,12 @@ import torch
 pytest.importorskip("lightning.pytorch")
 
 from ema_triton.integrations import lightning
+from tests.integrations.lightning_runs import MARKS
 
 ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    *MARKS,
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not:UserWarning"),
 ]
 

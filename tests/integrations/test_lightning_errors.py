@@ -17,6 +17,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from ema_triton.integrations.lightning import EMACallback  # noqa: E402
 from tests.integrations.lightning_runs import (  # noqa: E402
     CONSTANT,
+    MARKS,
     Net,
     callback,
     fit,
@@ -24,11 +25,7 @@ from tests.integrations.lightning_runs import (  # noqa: E402
 )
 from tests.test_imports import WITHOUT  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize(

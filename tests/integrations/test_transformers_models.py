@@ -297,20 +297,24 @@ def test_a_schedule_free_optimizer_writes_its_own_average_outside_of_the_swap(tm
 
 
 @pytest.mark.integration
-def test_an_optimizer_of_other_parameters_is_an_error_before_the_first_step(tmp_path) -> None:
-    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    trainer = make(tmp_path, of_trainer={"optimizers": (other, None)}, save_strategy="no")
-    attach(trainer, SCHEDULE)
-    with pytest.raises(ValueError, match="has none of this model's parameters"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-@pytest.mark.integration
-def test_an_include_that_matches_nothing_is_an_error_before_the_first_step(tmp_path) -> None:
-    trainer = make(tmp_path, save_strategy="no")
-    attach(trainer, SCHEDULE, include="*lora_*")
-    with pytest.raises(ValueError, match="lora_"):
+@pytest.mark.parametrize(
+    ("of_trainer", "of_ema", "text"),
+    [
+        pytest.param(
+            {"optimizers": (torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), None)},
+            {},
+            "has none of this model's parameters",
+            id="optimizer of other parameters",
+        ),
+        pytest.param({}, {"include": "*lora_*"}, "lora_", id="include that matches nothing"),
+    ],
+)
+def test_what_cannot_be_averaged_is_an_error_before_the_first_step(
+    of_trainer: dict, of_ema: dict, text: str, tmp_path
+) -> None:
+    trainer = make(tmp_path, of_trainer=of_trainer, save_strategy="no")
+    attach(trainer, SCHEDULE, **of_ema)
+    with pytest.raises(ValueError, match=text):
         trainer.train()
     assert trainer.state.global_step == 0
 
