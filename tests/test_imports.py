@@ -147,3 +147,28 @@ def test_imports_go_down_the_floors() -> None:
         assert not any(m.startswith("ignite") for m in imported) or name == "handler"
         with_triton = ("ops.kernels", "ops.triton_backend")
         assert not any(m.startswith("triton") for m in imported) or name in with_triton
+
+
+@pytest.mark.parametrize(
+    ("name", "frameworks", "imported_by_it"),
+    [
+        ("lightning", {"lightning", "pytorch_lightning"}, {"transformers"}),
+        ("transformers", {"transformers"}, {"accelerate"}),
+        ("timm", set(), set()),  # its ModelEmaV3 is a module like any other
+    ],
+)
+def test_an_adapter_imports_its_own_framework_alone(
+    name: str, frameworks: set[str], imported_by_it: set[str]
+) -> None:
+    others = ("accelerate", "diffusers", "ignite", "lightning", "peft", "pytorch_lightning", "timm")
+    absent = {*others, "transformers"} - frameworks - imported_by_it
+    # Importing Lightning warns of what torch deprecates.
+    program = f"""
+        import warnings
+        warnings.simplefilter("ignore")
+        import ema_triton.integrations.{name}
+    """
+    run(program, without=tuple(absent))
+    if frameworks:
+        with pytest.raises(AssertionError, match=f"ImportError: .*pip install.*{name}"):
+            run(program, without=tuple(frameworks))

@@ -120,7 +120,9 @@ def test_the_metadata_says_what_it_needs_and_for_whom_it_is(built: Built) -> Non
         *("torch", "triton", "pytorch-ignite")
     }
     assert "triton>=3.4; sys_platform == 'linux'" in always
-    assert {"demo", "bench", "docs", "files", "test", "dev"} <= set(found.get_all("Provides-Extra"))
+    extras = {"demo", "bench", "docs", "files", "test", "dev"}
+    frameworks = {"lightning", "timm", "transformers", "integrations"}
+    assert extras | frameworks <= set(found.get_all("Provides-Extra"))
     classifiers = found.get_all("Classifier")
     versions = {text.split(" :: ")[-1] for text in classifiers if "Python :: 3." in text}
     assert versions == {"3.10", "3.11", "3.12", "3.13"}
