@@ -90,12 +90,12 @@ def make_scheduler() -> DDPMScheduler:
 def denoising_loss(
     unet: torch.nn.Module, images: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """How badly the UNet finds the noise in noisy images, each at a moment of its own."""
+    """How badly the UNet finds the noise in noisy images, each at a timestep of its own."""
     noise = torch.randn(images.shape, generator=generator).to(images.device)
-    moments = torch.randint(DIFFUSION_STEPS, (len(images),), generator=generator)
-    moments = moments.to(images.device)
-    noisy = make_scheduler().add_noise(images, noise, moments)
-    return torch.nn.functional.mse_loss(unet(noisy, moments).sample.float(), noise)
+    timesteps = torch.randint(DIFFUSION_STEPS, (len(images),), generator=generator)
+    timesteps = timesteps.to(images.device)
+    noisy = make_scheduler().add_noise(images, noise, timesteps)
+    return torch.nn.functional.mse_loss(unet(noisy, timesteps).sample.float(), noise)
 
 
 @torch.no_grad()
